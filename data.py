@@ -1,0 +1,82 @@
+"""Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment, nothing downloaded or stored.
+
+Row n of every table is the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p).
+"""
+from typing import NamedTuple
+
+import torch
+
+TASKS = ('miiii', 'nanda', 'basis', 'masked')
+
+
+class Data(NamedTuple):
+    """N = p^2 examples, Q tasks, one set of tensors on one device."""
+    x: torch.Tensor        # (N, 3) token ids: x0, x1, operation
+    y: torch.Tensor        # (N, Q) targets
+    names: list            # Q strings
+    classes: list          # Q ints: how many classes each task has
+    in_loss: torch.Tensor  # (Q,) bool: False where a task is measured but not trained
+    stride: int            # every target is (x0 + stride x1) mod its classes: p for numbers, 1 for nanda
+
+
+def primes_below(n):
+    """All primes q < n in order. At n = 113 there are 29, from 2 to 109."""
+    return [q for q in range(2, n) if all(q % r for r in range(2, int(q ** 0.5) + 1))]
+
+
+def make(task, p, seed=0, device='cpu'):
+    """The whole data set of `task` in base p.
+
+    miiii   n mod q for every prime q < p                              (Syrkis & Sogaard 2024, eq. 2)
+    nanda   (x0 + x1) mod p                                            (Nanda et al. 2023; eq. 1 of the former)
+    basis   miiii with the rows of y shuffled by `seed`: no structure  (section Tasks)
+    masked  miiii whose loss leaves out q in {2, 3, 5, 7}              (section Tasks)
+
+    Raises ValueError for an unknown task, a p that is not a prime >= 5, and a task that trains on nothing.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task must be one of {", ".join(TASKS)}, not {task!r}')
+    if p < 5 or p not in primes_below(p + 1):
+        raise ValueError(f'p must be a prime >= 5, and {p} is not')
+    n = torch.arange(p * p)
+    x = torch.stack([n % p, n // p, torch.full_like(n, p)], 1)
+    classes, stride = ([p], 1) if task == 'nanda' else (primes_below(p), p)
+    names = [f'(x0 + x1) mod {p}'] if task == 'nanda' else [f'n mod {q}' for q in classes]
+    y = (x[:, 0] + stride * x[:, 1])[:, None] % torch.tensor(classes)
+    if task == 'basis':
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
+    if not in_loss.any():
+        raise ValueError(f'task masked at p = {p} has no prime q > 7 left to train on')
+    return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride)
+
+
+def split(n_rows, train_frac, seed=0, n_valid=1000):
+    """Row numbers of train, validation and test: three disjoint tensors from one permutation seeded by `seed`.
+
+    Validation gets n_valid rows, at small p at most half of what training leaves; test gets the rest.
+    Raises ValueError if a part would be empty.
+    """
+    n_train = round(train_frac * n_rows)
+    n_valid = min(n_valid, (n_rows - n_train) // 2)
+    if n_train < 1 or n_valid < 1:
+        raise ValueError(f'train_frac {train_frac} of {n_rows} rows leaves a part of the split empty')
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    return order.split([n_train, n_valid, n_rows - n_train - n_valid])
+
+
+def waves(p, classes, stride):
+    """The waves that the targets are made of: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
+
+    -> freqs (B, 2) of (q, k) for every q of `classes` and k = 1 .. q//2, and basis (4, B, p^2) in float64: the sum wave's
+    cos and sin, the difference wave's cos and sin. For q = 2 the sine vanishes and the difference wave is the sum wave;
+    both stand as zeros. At p = 113 miiii has B = 726, hence 1,451 sum and 1,450 difference waves.
+    """
+    freqs = torch.tensor([(q, k) for q in classes for k in range(1, q // 2 + 1)])
+    q, k = freqs.T[:, :, None]
+    n = torch.arange(p * p)
+    # the integer phase is reduced mod q first, so that the angle carries no rounding error of a large number
+    phase = [2 * torch.pi * (k * (n % p + sign * stride * (n // p)) % q).double() / q for sign in (1, -1)]
+    basis = torch.stack([f(a) for a in phase for f in (torch.cos, torch.sin)])
+    basis[1:, freqs[:, 0] == 2] = 0
+    return freqs, basis
