@@ -63,20 +63,3 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
         raise ValueError(f'train_frac {train_frac} of {n_rows} rows leaves a part of the split empty')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
-
-
-def waves(p, classes, stride):
-    """The waves that the targets are made of: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
-
-    -> freqs (B, 2) of (q, k) for every q of `classes` and k = 1 .. q//2, and basis (4, B, p^2) in float64: the sum wave's
-    cos and sin, the difference wave's cos and sin. For q = 2 the sine vanishes and the difference wave is the sum wave;
-    both stand as zeros. At p = 113 miiii has B = 726, hence 1,451 sum and 1,450 difference waves.
-    """
-    freqs = torch.tensor([(q, k) for q in classes for k in range(1, q // 2 + 1)])
-    q, k = freqs.T[:, :, None]
-    n = torch.arange(p * p)
-    # the integer phase is reduced mod q first, so that the angle carries no rounding error of a large number
-    phase = [2 * torch.pi * (k * (n % p + sign * stride * (n // p)) % q).double() / q for sign in (1, -1)]
-    basis = torch.stack([f(a) for a in phase for f in (torch.cos, torch.sin)])
-    basis[1:, freqs[:, 0] == 2] = 0
-    return freqs, basis

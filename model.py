@@ -76,12 +76,11 @@ def task_losses(logits, y, classes):
     logit beats all others.
     """
     loss, acc = [], []
-    for z, t in zip(logits.to(torch.promote_types(logits.dtype, torch.float32)).split(classes, 1), y.unbind(1)):
-        right = torch.arange(z.shape[1], device=z.device) == t[:, None]    # N q
-        z_right = torch.where(right, z, 0).sum(1)                          # N
-        z_wrong = torch.where(right, -torch.inf, z)                        # N q
-        top = z_wrong.amax(1).detach()                                     # N
-        lse = top + (z_wrong - top[:, None]).exp().sum(1).log()            # N
-        loss.append(F.softplus(lse - z_right).mean())
-        acc.append((z_right > top).float().mean())
+    for z, t in zip(logits.split(classes, 1), y[..., None].unbind(1)):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))              # N q
+        right, wrong = z.gather(1, t), z.scatter(1, t, -torch.inf)         # N 1, N q
+        top = wrong.detach().amax(1, keepdim=True)                         # N 1
+        lse = (wrong - top).exp().sum(1, keepdim=True).log() + top         # N 1
+        loss.append(F.softplus(lse - right).mean())
+        acc.append((right > top).float().mean())
     return torch.stack(loss), torch.stack(acc)

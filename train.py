@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import analyze
 import data
 from model import Transformer, task_losses
 
@@ -50,7 +51,7 @@ class Options:
     lr: float = opt(3e-4, 'learning rate of AdamW', lo=0, hi=10)
     weight_decay: float = opt(1 / 3, 'decoupled weight decay of AdamW', lo=0, hi=100)
     muon_lr: float = opt(0.05, 'learning rate of Muon', lo=0, hi=10)
-    muon_decay: float = opt(0.3, 'decoupled weight decay of Muon', lo=0, hi=100)
+    muon_decay: float = opt(0.1, 'decoupled weight decay of Muon', lo=0, hi=100)
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
@@ -70,8 +71,8 @@ class Options:
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
 PRESETS = {
     'paper': {'miiii': {}, 'nanda': dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)},
-    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=4e-3, weight_decay=1.0, decay_from=0.4, epochs=4000),
-             'nanda': dict(MUON, d_model=128, lr=4e-3, weight_decay=1.0, decay_from=0.4, epochs=1000)},
+    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3500),
+             'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
 
@@ -179,38 +180,46 @@ class Run:
 
     def __init__(self, o, ckpt=None):
         self.o, self.device = o, torch.device(o.device)
-        torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')  # CUDA: TF32 or true float32 products
+        self.cuda = self.device.type == 'cuda'
+        self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
         torch.manual_seed(o.seed)
         try:
             self.data = d = data.make(o.task, o.p, o.data_seed, o.device)
             self.split = data.split(len(d.x), o.train_frac, o.data_seed)
-            self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
         except ValueError as e:
-            raise Refusal(str(e))
+            raise Refusal(e)
+        if o.d_model % o.n_heads:
+            raise Refusal(f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
         self.parts = [(d.x[rows], d.y[rows]) for rows in (r.to(self.device) for r in self.split)]  # train, valid, test
-        # loss of an epoch = task_weight . CE: the mean over trained tasks of CE_q / ln q (eq. 12)
         self.ln_q = torch.tensor(d.classes, device=self.device).log()
-        self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q
+        self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
+        self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
+        self.measure = torch.compile(self.forward) if self.compiled else self.forward  # eager 1.0, compiled 0.8 of the time on a CPU
         named = dict(self.model.named_parameters())
         self.names, self.weights = list(named), list(named.values())
-        by_muon = [w for n, w in named.items() if o.optimizer == 'muon' and n not in ('W_E', 'W_pos')]
-        by_adam = [w for w in self.weights if not any(w is m for m in by_muon)]
-        lr = lambda v: torch.tensor(v, device=self.device)  # on the device, so that a captured graph can change it
-        self.optimizers = [torch.optim.AdamW(by_adam, lr(o.lr), betas=(0.9, 0.98), weight_decay=o.weight_decay, fused=True,
-                                             capturable=self.device.type == 'cuda')]
-        if by_muon:
-            self.optimizers.append(Muon(by_muon, lr(o.muon_lr), o.muon_decay))
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
 
-        self.t = torch.zeros(1, dtype=torch.int64, device=self.device)  # epochs done, for the device; self.epoch, for the host
-        self.epoch, self.wall_s = 0, 0.0
-        Q = len(d.classes)
-        self.rows = torch.zeros(o.epochs, 4 * Q + len(self.weights), device=self.device)
-        self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.device.type == 'cuda')
-        self.measure = torch.compile(self.forward) if self.compiled else self.forward
+        # learning rates live on the device, so that a captured graph can follow a schedule
+        by_muon = [w for n, w in named.items() if o.optimizer == 'muon' and n not in ('W_E', 'W_pos')]
+        by_adamw = [w for n, w in named.items() if o.optimizer != 'muon' or n in ('W_E', 'W_pos')]
+        self.optimizers = [torch.optim.AdamW(by_adamw, torch.tensor(o.lr, device=self.device), betas=(0.9, 0.98),
+                                             weight_decay=o.weight_decay, fused=True, capturable=self.cuda)]
+        if by_muon:
+            self.optimizers.append(Muon(by_muon, torch.tensor(o.muon_lr, device=self.device), o.muon_decay))
+
+        self.epoch, self.wall_s = 0, 0.0  # epochs done, for the host
+        self.t = torch.zeros(1, dtype=torch.int64, device=self.device)  # and for the device
+        per_task = ('train_loss', 'train_acc', 'valid_loss', 'valid_acc')  # the records: preallocated, written without a sync
+        widths = dict.fromkeys(per_task, len(d.classes)) | dict(grad_norm=len(named))
+        self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
+        self.spectra = {}
         if o.spectra_every:
-            self.init_spectra()
+            self.freqs, basis = analyze.waves(o.p, d.classes, d.stride)
+            self.solver = analyze.wave_solver(o.p, basis.to(self.device))
+            B, n = len(self.freqs), -(-o.epochs // o.spectra_every)
+            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
+            self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
         if ckpt:
             self.restore(ckpt)
 
@@ -224,78 +233,54 @@ class Run:
         return task_losses(logits, y, self.data.classes)
 
     def masks(self, n):
-        """Two dropout masks for the residual stream of n examples, scaled to keep its mean."""
+        """Two dropout masks for the residual stream of n examples, scaled so that its mean stays."""
         o = self.o
-        shape = (2, 1 if o.dropout_mask == 'batch' else n, o.d_model)
-        return (torch.rand(shape, device=self.device) >= o.dropout) / (1 - o.dropout) if o.dropout else (1, 1)
+        if not o.dropout:
+            return 1, 1
+        keep = torch.rand(2, 1 if o.dropout_mask == 'batch' else n, o.d_model, device=self.device) >= o.dropout
+        return keep / (1 - o.dropout)
 
     def step(self):
-        """One epoch. Row t of the records is measured at the weights after t updates: training with dropout, validation without."""
+        """One epoch. What it records belongs to the weights before its update: training with dropout, validation without."""
         o, (x, y) = self.o, self.parts[0]
         loss, acc = self.measure(x, y, self.masks(len(x)))
-        grads = torch.autograd.grad(self.task_weight @ loss, self.weights)
+        self.model.zero_grad()
+        (self.task_weight @ loss).backward()  # not autograd.grad: fused AdamW misreads gradients that are laid out otherwise than weights
+        grads = [w.grad for w in self.weights]
 
-        with torch.no_grad():  # the record
+        with torch.no_grad():
             valid_loss, valid_acc = self.measure(*self.parts[1])
             norms = torch.stack([g.norm() for g in grads])
-            self.rows.index_copy_(0, self.t, torch.cat([loss, acc, valid_loss, valid_acc, norms])[None])
+            for record, row in zip(self.metrics.values(), (loss, acc, valid_loss, valid_acc, norms)):
+                record.index_copy_(0, self.t, row[None])
 
-        if o.lamb:  # the gradient filter: m <- alpha m + (1-alpha) g ;  g <- g + lamb m   (Lee et al. 2024, alg. 1; here eq. 13)
+        if o.lamb:  # the gradient filter (Lee et al. 2024, algorithm 1): m <- alpha m + (1-alpha) g ;  g <- g + lamb m
             for g, m in zip(grads, self.filter):
                 m.lerp_(g, 1 - o.alpha)
                 g.add_(m, alpha=o.lamb)
 
-        for w, g in zip(self.weights, grads):
-            w.grad = g
         for optimizer, lr in zip(self.optimizers, (o.lr, o.muon_lr)):
-            if o.decay_from < 1:  # learning rate: constant, then linear to zero
+            if o.decay_from < 1:  # constant, then linear to zero
                 left = (o.epochs - self.t[0]) / (o.epochs * (1 - o.decay_from))
                 optimizer.param_groups[0]['lr'].copy_(lr * left.clamp(max=1))
             with self.autocast():
                 optimizer.step()
         self.t += 1
 
-    def init_spectra(self):
-        """Buffers for record_spectra, and the matrix that solves for all waves of data.waves in one least-squares fit."""
-        o = self.o
-        self.freqs, basis = data.waves(o.p, self.data.classes, self.data.stride)
-        grid = basis.to(self.device).view(-1, o.p, o.p)
-        waves = (grid - grid.mean(1, keepdim=True) - grid.mean(2, keepdim=True) + grid.mean((1, 2), keepdim=True)).flatten(1)
-        gram = waves @ waves.T
-        gram += torch.diag((gram.diagonal() < 1e-9).double())  # the waves that vanish (q = 2) get coefficient 0
-        self.solve = torch.linalg.solve(gram, waves).float()   # 4B p^2
-        self.wave_power = waves.square().mean(1).float()       # 4B
-        width = o.p // 2 + 1 + 2 * len(self.freqs) + 4
-        self.spectra = torch.zeros(-(-o.epochs // o.spectra_every), width, device=self.device)
-
     @torch.no_grad()
     def record_spectra(self):
-        """One row about all F neurons over all p^2 inputs, at the weights after t updates. Means are over neurons.
-
-        spectrum          (p//2+1,) mean of |rfft2| / p^2, averaged over the frequency of x0: the frequency of x1 remains
-        sum_power         (B,) variance carried by the sum wave of each (q, k), all waves fitted together
-        difference_power  (B,) the same for the difference waves
-        variance          (2,) mean total variance, and the part of it in the two marginals
-        active            (2,) frequencies above mean + 2 sd: in `spectrum`, and in each neuron's own (mean count)
-        """
-        p, acts = self.o.p, {}
+        """The spectra of all neurons over all p^2 inputs, at the weights before the next update."""
+        acts = {}
         with self.autocast():
             self.model(self.data.x, acts=acts)
-        a = acts['neurons'].float()                                       # p^2 F
-        grid = a.view(p, p, -1)                                           # x1 x0 F
-        spec = torch.fft.rfft2(grid, dim=(1, 0), norm='forward').abs().mean(1)  # p//2+1 F
-        power = ((self.solve @ a).square().mean(1) * self.wave_power).view(2, 2, -1).sum(1)  # 2 B
-        variance = a.var(0, correction=0).mean()
-        marginal = grid.mean(0).var(0, correction=0).mean() + grid.mean(1).var(0, correction=0).mean()
-        count = lambda s: (s > s.mean(0) + 2 * s.std(0)).sum(0).float().mean()
-        mean = spec.mean(1)
-        row = torch.cat([mean, power.flatten(), torch.stack([variance, marginal, count(mean), count(spec)])])
-        self.spectra.index_copy_(0, self.t // self.o.spectra_every, row[None])
+        rows = analyze.neuron_spectra(acts['neurons'].float(), self.o.p, *self.solver)
+        for name, record in self.spectra.items():
+            record.index_copy_(0, self.t // self.o.spectra_every, rows[name][None])
 
     def captured(self, fn):
-        """On CUDA, if compiled: fn as one CUDA graph. The first three calls run plainly, as any other, and warm up what a
-        capture must not meet cold (compilation, optimiser state, workspaces); then fn is captured, and replayed from there on."""
-        if not (self.compiled and self.device.type == 'cuda'):
+        """fn itself, or on CUDA, if compiled, fn as one CUDA graph. The first three calls run plainly and count like any other; they
+        warm up what a capture must not meet cold (compilation, optimiser state, workspaces). The fourth captures."""
+        if not (self.compiled and self.cuda):
             return fn
         graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), 0
 
@@ -314,36 +299,41 @@ class Run:
             graph.replay()
         return call
 
-    # from here on: what the host reads and writes
+    @torch.no_grad()
+    def evaluate(self):
+        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q)."""
+        return torch.stack([torch.stack(self.forward(x, y)) for x, y in self.parts]).cpu()
 
-    def metrics(self):
-        """The records so far as numpy arrays, by the names of metrics.npz."""
-        o, Q = self.o, len(self.data.classes)
-        rows = self.rows[:self.epoch].cpu().numpy()
-        out = dict(zip(('train_loss', 'train_acc', 'valid_loss', 'valid_acc', 'grad_norm'), np.split(rows, [Q, 2 * Q, 3 * Q, 4 * Q], 1)))
-        out |= dict(epoch=np.arange(self.epoch), grad_norm_names=np.array(self.names), tasks=np.array(self.data.names))
-        if o.spectra_every:
-            epochs, half, B = np.arange(0, self.epoch, o.spectra_every), o.p // 2 + 1, len(self.freqs)
-            spectra = self.spectra[:len(epochs)].cpu().numpy()
-            out |= dict(zip(('spectrum', 'sum_power', 'difference_power', 'variance', 'active'),
-                            np.split(spectra, [half, half + B, half + 2 * B, half + 2 * B + 2], 1)))
+    # from here on: files
+
+    def snapshot_due(self):
+        """Log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
+        e, s = self.epoch, self.o.snapshots
+        return s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s)))
+
+    def records(self):
+        """The content of metrics.npz: everything recorded so far, by name."""
+        out = dict(epoch=np.arange(self.epoch), tasks=np.array(self.data.names), grad_norm_names=np.array(self.names))
+        out |= {k: v[:self.epoch].cpu().numpy() for k, v in self.metrics.items()}
+        if self.o.spectra_every:
+            epochs = np.arange(0, self.epoch, self.o.spectra_every)
             out |= dict(spectra_epoch=epochs, freqs=self.freqs.numpy())
+            out |= {k: v[:len(epochs)].cpu().numpy() for k, v in self.spectra.items()}
         return out
 
     def save(self):
         """metrics.npz, then ckpt.pt: whatever happens in between, there are records up to the checkpoint."""
-        folder, buffer = Path(self.o.out), io.BytesIO()
-        np.savez(buffer, **self.metrics())
-        write(folder / 'metrics.npz', buffer.getvalue())
-        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None)
-        write_pt(folder / 'ckpt.pt', dict(
+        buffer = io.BytesIO()
+        np.savez(buffer, **self.records())
+        write(Path(self.o.out, 'metrics.npz'), buffer.getvalue())
+        write_pt(Path(self.o.out, 'ckpt.pt'), dict(
             model=self.model.state_dict(), optimizer=[x.state_dict() for x in self.optimizers],
-            filter=dict(zip(self.names, self.filter)), step=self.epoch, rng=rng, config=dataclasses.asdict(self.o),
-            versions=versions(), wall_s=self.wall_s))
+            filter=dict(zip(self.names, self.filter)), step=self.epoch,
+            rng=dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(self.device) if self.cuda else None),
+            config=dataclasses.asdict(self.o), versions=versions(), wall_s=self.wall_s))
 
     def restore(self, ckpt):
-        """The state of `save` back, in place. Raises Refusal if the checkpoint is not one of this program's."""
-        folder = Path(self.o.out)
+        """The state that `save` wrote. Raises Refusal if it does not fit."""
         try:
             self.model.load_state_dict(ckpt['model'])
             for optimizer, state in zip(self.optimizers, ckpt['optimizer'], strict=True):
@@ -353,35 +343,22 @@ class Run:
             self.epoch, self.wall_s = ckpt['step'], ckpt['wall_s']
             self.t.fill_(self.epoch)
             torch.set_rng_state(ckpt['rng']['cpu'])
-            if self.device.type == 'cuda' and ckpt['rng']['cuda'] is not None:
+            if self.cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], self.device)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-            raise Refusal(f'{folder}/ckpt.pt does not fit this program: {str(e).splitlines()[0]}')
-        try:
-            with np.load(folder / 'metrics.npz') as old:
-                stack = lambda *names: torch.from_numpy(np.concatenate([old[n] for n in names], 1))
-                self.rows[:self.epoch] = stack('train_loss', 'train_acc', 'valid_loss', 'valid_acc', 'grad_norm')[:self.epoch]
-                if self.o.spectra_every:
-                    n = -(-self.epoch // self.o.spectra_every)
-                    self.spectra[:n] = stack('spectrum', 'sum_power', 'difference_power', 'variance', 'active')[:n]
-        except Exception as e:
-            raise Refusal(f'{folder}/metrics.npz is missing or does not fit ckpt.pt ({type(e).__name__})')
-
-    @torch.no_grad()
-    def evaluate(self):
-        """Loss and accuracy of each task on train, validation and test rows, no dropout: (3, 2, Q). Once, at the end of a run."""
-        return torch.stack([torch.stack(self.forward(x, y)) for x, y in self.parts]).cpu()
-
-    def snapshot_due(self):
-        """Log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
-        e, s = self.epoch, self.o.snapshots
-        return s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s)))
+            with np.load(Path(self.o.out, 'metrics.npz')) as old:
+                n = -(-self.epoch // max(1, self.o.spectra_every))
+                for k, v in (self.metrics | self.spectra).items():
+                    rows = self.epoch if k in self.metrics else n
+                    v[:rows] = torch.from_numpy(old[k][:rows])
+        except Exception as e:  # a foreign file can fail in any of these lines, in any way
+            raise Refusal(f'cannot resume from {self.o.out}: {str(e).splitlines()[0]} ({type(e).__name__})')
 
 
 def write(path, content):
     """Bytes to a file, whole or not at all: written beside, synced, renamed. Raises Refusal if the disk does not take it."""
     beside = path.with_name(path.name + '.tmp')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, 'wb') as f:
             f.write(content)
             f.flush()
@@ -389,8 +366,8 @@ def write(path, content):
         os.replace(beside, path)
     except OSError as e:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise Refusal(f'cannot write {path}: {e.strerror}; what was there before is kept')
+            beside.unlink()
+        raise Refusal(f'cannot write {path}: {e.strerror}; what was saved before is kept')
 
 
 def write_pt(path, content):
@@ -400,21 +377,132 @@ def write_pt(path, content):
 
 
 def load(path):
-    """A checkpoint, tensors and plain values only: nothing in it is executed. Raises Refusal."""
+    """A checkpoint: tensors and plain values only, nothing in it is executed. Raises Refusal."""
     if not path.exists():
         raise Refusal(f'nothing to resume: there is no {path}')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        assert {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys()
     except Exception as e:  # torch raises a dozen types here
         raise Refusal(f'{path} is truncated, corrupt or not a checkpoint of this program ({type(e).__name__})')
-    if not isinstance(ckpt, dict) or not {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys():
-        raise Refusal(f'{path} is not a checkpoint of this program')
     return ckpt
 
 
 def versions():
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+SAVE_EVERY = 30  # seconds between checkpoints, or 20 times as long as one takes
+LINE_EVERY = 30  # seconds between progress lines where they cannot be rewritten in place
+
+
+def train(run):
+    """From run.epoch to the last epoch. Returns the signal that stopped it early, if one did."""
+    o, signals = run.o, []
+
+    def on_signal(number, _):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        print('\nsaving after this epoch; once more to leave at once', flush=True)
+
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    step, record_spectra, snapshots = run.captured(run.step), run.captured(run.record_spectra), {}
+    began = line_at = saved_at = time.perf_counter()
+    wall_before, save_cost, chunk, rate = run.wall_s, 0.0, 1, 0.0
+
+    while run.epoch < o.epochs and not signals:
+        first, chunk_began = run.epoch, time.perf_counter()
+        while run.epoch < min(first + chunk, o.epochs) and not signals:
+            if run.snapshot_due():
+                snapshots[run.epoch] = {n: w.detach().clone() for n, w in zip(run.names, run.weights)}
+            if o.spectra_every and run.epoch % o.spectra_every == 0:
+                record_spectra()
+            step()
+            run.epoch += 1
+
+        # from here on: the host looks, about once a second
+        rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1).cpu()  # the only sync
+        now = time.perf_counter()
+        done, took, n = run.epoch == o.epochs or bool(signals), now - chunk_began, run.epoch - first
+        run.wall_s, chunk, rate = wall_before + now - began, max(1, min(2 * chunk, int(n / took))), n / took if not rate else 0.8 * rate + 0.2 * n / took
+        check_finite(run, rows, first)
+        if sys.stdout.isatty() or done or now - line_at > LINE_EVERY:
+            line_at = now
+            progress(run, rows[-1], rate)
+        if done or now - saved_at > max(SAVE_EVERY, 20 * save_cost):
+            for epoch, weights in snapshots.items():
+                write_pt(Path(o.out, 'snapshots', f'{epoch:08}.pt'), dict(model=weights, step=epoch))
+            snapshots.clear()
+            run.save()
+            saved_at, save_cost = time.perf_counter(), time.perf_counter() - now
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    return signals[0] if signals else None
+
+
+def check_finite(run, rows, first):
+    """Raises Refusal naming epoch and task if a loss, gradient or weight is not finite. Comes before any save."""
+    Q, bad = len(run.data.classes), (~rows.isfinite()).nonzero()
+    if len(bad):
+        epoch, column = first + int(bad[0, 0]), int(bad[0, 1])
+        what = f'the loss of {run.data.names[column % Q]}' if column < 4 * Q else f'the gradient of {run.names[column - 4 * Q]}'
+    elif not all(w.isfinite().all() for w in run.weights):
+        epoch, what = run.epoch, 'a weight'
+    else:
+        return
+    raise Refusal(f'{what} is not finite at epoch {epoch}; stopped, the last good checkpoint in {run.o.out} is kept')
+
+
+def hms(seconds):
+    m, s = divmod(round(seconds), 60)
+    return f'{m // 60}:{m % 60:02}:{s:02}' if m >= 60 else f'{m}:{s:02}'
+
+
+def progress(run, row, rate):
+    o, Q, tty = run.o, len(run.data.classes), sys.stdout.isatty()
+    acc = row[3 * Q:4 * Q]
+    line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  {rate:.3g} epochs/s  ETA {hms((o.epochs - run.epoch) / rate)}  '
+            f'validation mean {acc.mean():.3f} worst {acc.min():.3f}  grokked {(acc >= 0.99).sum()}/{Q}')
+    print(('\r\033[K' if tty else '') + line, end='' if tty and run.epoch < o.epochs else '\n', flush=True)
+
+
+def grok_epochs(valid_acc, final):
+    """First epoch with validation accuracy >= 0.99, and the first from which it stays there to the end, or None."""
+    up = np.append(valid_acc, final) >= 0.99
+    down = np.flatnonzero(~up)
+    held = down[-1] + 1 if len(down) else 0
+    return int(up.argmax()) if up.any() else None, int(held) if held < len(up) else None
+
+
+def finish(run):
+    """The last figures of every task; the test set is touched here, once. Writes summary.json, prints the table."""
+    o, d, valid_acc = run.o, run.data, run.metrics['valid_acc'][:run.epoch].cpu().numpy()
+    final, tasks = run.evaluate(), []
+    for i, name in enumerate(d.names):
+        first, held = grok_epochs(valid_acc[:, i], final[1, 1, i].item())
+        task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
+        for j, part in enumerate(('train', 'valid', 'test')):
+            task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
+        tasks.append(task)
+    summary = dict(tasks=tasks, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
+                   epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=versions(), config=dataclasses.asdict(o))
+    if run.snapshot_due():
+        write_pt(Path(o.out, 'snapshots', f'{run.epoch:08}.pt'), dict(model=run.model.state_dict(), step=run.epoch))
+    write(Path(o.out, 'summary.json'), json.dumps(summary, indent=1).encode())
+
+    print(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} {"for good":>9s}')
+    for t in tasks:
+        grok = ['-' if t[k] is None else f'{t[k]:,}' for k in ('grok_epoch', 'grok_epoch_sustained')]
+        print(f'{t["name"]:18s} {t["train_acc"]:9.4f} {t["valid_acc"]:9.4f} {t["test_acc"]:9.4f} {grok[0]:>24s} {grok[1]:>9s}')
+    mean = final[:, 1].mean(1)
+    print(f'{"mean":18s} {mean[0]:9.4f} {mean[1]:9.4f} {mean[2]:9.4f} {(final[1, 1] == 1).sum():>13} of {len(tasks)} at 1.0')
+    print(f'{run.epoch:,} epochs in {hms(run.wall_s)} on {summary["device"]}; all of it is in {o.out}')
+
+
+# ---------------------------------------------------------------------------------------------------- speed, main
 
 def device_name(device):
     if device.startswith('cuda'):
@@ -434,9 +522,9 @@ def matmul_rate(device, precision):
     """GFLOP/s of large matrix products on this machine: the best of a few shapes, each the median of nine."""
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
     dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
-    best = 0
+    best, g = 0, torch.Generator(device).manual_seed(0)  # its own, so that a run draws the same masks with or without this
     for m, k, n in [(8192, 8192, 8192), (16384, 1024, 4096)] if device.startswith('cuda') else [(4096, 256, 1024), (4096, 1024, 256)]:
-        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        a, b = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in ((m, k), (k, n)))
         out, times = a @ b, []
         for _ in range(9):
             began = clock(device)
@@ -450,115 +538,6 @@ def clock(device):
     if device.startswith('cuda'):
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def hms(seconds):
-    m, s = divmod(round(seconds), 60)
-    return f'{m // 60}:{m % 60:02}:{s:02}' if m >= 60 else f'{m}:{s:02}'
-
-
-# ---------------------------------------------------------------------------------------------------- train, bench, main
-
-SAVE_EVERY = 30  # seconds, or 20 times as long as a save takes
-LINE_EVERY = 30  # seconds between progress lines where they are not rewritten in place
-
-
-def train(run):
-    """The whole loop, from run.epoch to the end. Returns the signal that ended it early, or None."""
-    o, folder, signals = run.o, Path(run.o.out), []
-
-    def on_signal(number, _):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        print('\nstopping after this epoch; once more to leave at once', flush=True)
-
-    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    step, record_spectra, snapshots = run.captured(run.step), run.captured(run.record_spectra), {}
-    began = line_at = saved = time.perf_counter()
-    wall_before, save_cost, chunk, rate = run.wall_s, 0.0, 1, None
-
-    while run.epoch < o.epochs and not signals:
-        first, chunk_began = run.epoch, time.perf_counter()
-        while run.epoch < min(first + chunk, o.epochs) and not signals:
-            if run.snapshot_due():
-                snapshots[run.epoch] = {n: w.detach().clone() for n, w in zip(run.names, run.weights)}
-            if o.spectra_every and run.epoch % o.spectra_every == 0:
-                record_spectra()
-            step()
-            run.epoch += 1
-
-        # from here on: the host looks, about once a second
-        rows = run.rows[first:run.epoch].cpu()  # the one sync
-        now = time.perf_counter()
-        run.wall_s, took = wall_before + now - began, now - chunk_began
-        rate = (run.epoch - first) / took if rate is None else 0.8 * rate + 0.2 * (run.epoch - first) / took
-        chunk = max(1, min(2 * chunk, int(chunk / took)))
-        check_finite(run, rows, first)
-        done = run.epoch == o.epochs or bool(signals)
-        if sys.stdout.isatty() or done or now - line_at > LINE_EVERY:
-            line_at = now
-            progress(run, rows[-1], rate)
-        if done or now - saved > max(SAVE_EVERY, 20 * save_cost):
-            for epoch, weights in snapshots.items():
-                write_pt(folder / 'snapshots' / f'{epoch:08}.pt', dict(model=weights, step=epoch))
-            snapshots.clear()
-            run.save()
-            saved, save_cost = time.perf_counter(), time.perf_counter() - now
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return signals[0] if signals else None
-
-
-def check_finite(run, rows, first):
-    """Raises Refusal with the epoch and the task if a loss, gradient or weight is not finite; nothing is saved after that."""
-    Q = len(run.data.classes)
-    bad = (~rows.isfinite()).nonzero()
-    if len(bad):
-        epoch, column = first + int(bad[0, 0]), int(bad[0, 1])
-        what = f'loss of {run.data.names[column % Q]}' if column < 4 * Q else f'gradient of {run.names[column - 4 * Q]}'
-    elif not all(w.isfinite().all() for w in run.weights):
-        epoch, what = run.epoch, 'weights'
-    else:
-        return
-    raise Refusal(f'{what} not finite at epoch {epoch}; stopped, the last good checkpoint in {run.o.out} is kept')
-
-
-def progress(run, row, rate):
-    o, Q = run.o, len(run.data.classes)
-    acc = row[3 * Q:4 * Q]
-    line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  {rate:.3g} epochs/s  ETA {hms((o.epochs - run.epoch) / rate)}  '
-            f'valid acc mean {acc.mean():.3f} worst {acc.min():.3f}  grokked {(acc >= 0.99).sum()}/{Q}')
-    end = '' if sys.stdout.isatty() and run.epoch < o.epochs else '\n'
-    print(('\r\033[K' if sys.stdout.isatty() else '') + line, end=end, flush=True)
-
-
-def finish(run):
-    """Final figures of every task: the test set is touched here, once. Writes summary.json and the last snapshot."""
-    o, d, metrics = run.o, run.data, run.metrics()
-    final = run.evaluate()  # 3 2 Q
-    tasks = []
-    for i, (name, classes) in enumerate(zip(d.names, d.classes)):
-        reached = metrics['valid_acc'][:, i] >= 0.99
-        below = np.flatnonzero(~reached)
-        start = 0 if not len(below) else int(below[-1]) + 1
-        tasks.append(dict(name=name, classes=classes, grok_epoch=int(reached.argmax()) if reached.any() else None,
-                          grok_epoch_sustained=start if start < len(reached) else None)
-                     | {f'{part}_{what}': float(final[j, k, i]) for j, part in enumerate(('train', 'valid', 'test'))
-                        for k, what in enumerate(('loss', 'acc'))})
-    summary = dict(tasks=tasks, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
-                   epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=versions(), config=dataclasses.asdict(o))
-    if run.snapshot_due():
-        write_pt(Path(o.out) / 'snapshots' / f'{run.epoch:08}.pt', dict(model=run.model.state_dict(), step=run.epoch))
-    write(Path(o.out) / 'summary.json', json.dumps(summary, indent=1).encode())
-
-    print(f'\n{"task":20s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"99 % at epoch":>14s} {"for good":>9s}')
-    for t in tasks:
-        print(f'{t["name"]:20s} {t["train_acc"]:9.4f} {t["valid_acc"]:9.4f} {t["test_acc"]:9.4f} '
-              f'{t["grok_epoch"] if t["grok_epoch"] is not None else "-":>14} {t["grok_epoch_sustained"] if t["grok_epoch_sustained"] is not None else "-":>9}')
-    mean = final[:, 1].mean(1)
-    print(f'{"mean":20s} {mean[0]:9.4f} {mean[1]:9.4f} {mean[2]:9.4f}   {int((final[1, 1] == 1).sum())} of {len(tasks)} tasks at 1.0 on validation')
-    print(f'{run.epoch:,} epochs in {hms(run.wall_s)} on {summary["device"]}; everything is in {o.out}')
 
 
 def bench(run):
@@ -588,9 +567,7 @@ def main(argv):
     folder = Path(o.out)
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json')):
         raise Refusal(f'{folder} holds a run; go on with it by --resume, or choose another folder by --out')
-    if o.bench:
-        o = dataclasses.replace(o, epochs=o.bench + 5)
-    run = Run(o, ckpt)
+    run = Run(dataclasses.replace(o, epochs=max(o.epochs, o.bench + 5)) if o.bench else o, ckpt)
 
     params, device = sum(w.numel() for w in run.weights), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
@@ -608,10 +585,6 @@ def main(argv):
         loss, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
 
-    try:
-        (folder / 'snapshots').mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Refusal(f'cannot make the folder {folder}: {e.strerror}')
     if not ckpt:
         run.save()  # a full or read-only disk shows itself now
     stopped_by = train(run)

@@ -1,0 +1,565 @@
+"""All tests, each against an oracle: brute force, float64, a library, a closed form, or a second way to the same number.
+
+    python -m pytest -q test_all.py      # minutes on two CPU cores; what needs CUDA skips without it
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import analyze
+import data
+import train
+from model import Transformer, task_losses
+
+HERE = Path(__file__).parent
+TINY = '--task miiii --p 11 --d_model 32 --n_heads 2 --precision float32 --device cpu'.split()
+
+
+def cli(*args, timeout=120, **kw):
+    """train.py as a user runs it -> finished process with its output as text."""
+    return subprocess.run([sys.executable, HERE / 'train.py', *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
+
+
+def refused(*args):
+    """The one line of an error, after checking that it is one line, on stderr, with exit code 2."""
+    done = cli(*args)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith('train.py: error: '), done.stderr
+    return done.stderr
+
+
+def make_run(*args):
+    o, _ = train.resolve(train.parse([*TINY, *map(str, args)]))
+    return train.Run(o)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+@pytest.mark.parametrize('p', [11, 13])
+def test_targets_by_brute_force(p):
+    d, n = data.make('miiii', p), data.make('nanda', p)
+    primes = [q for q in range(2, p) if not [r for r in range(2, q) if q % r == 0]]
+    assert d.classes == primes and n.classes == [p]
+    row = 0
+    for x1 in range(p):
+        for x0 in range(p):
+            assert d.x[row].tolist() == [x0, x1, p]
+            assert d.y[row].tolist() == [(x0 + p * x1) % q for q in primes]
+            assert n.y[row].tolist() == [(x0 + x1) % p]
+            row += 1
+    assert row == len(d.x) == len(d.y)
+
+
+def test_the_papers_counts():
+    d = data.make('miiii', 113)
+    assert len(d.classes) == 29 and d.classes[-1] == 109 and sum(d.classes) == 1480
+    assert [len(part) for part in data.split(113 ** 2, 0.3)] == [3831, 1000, 7938]
+
+
+def test_split_is_a_partition_and_seeded():
+    for n, frac in [(121, 0.3), (121, 0.5), (12769, 0.9)]:
+        parts = data.split(n, frac, seed=3)
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(n))
+        assert len(parts[0]) == round(frac * n) and len(parts[1]) == min(1000, (n - len(parts[0])) // 2)
+        assert all(torch.equal(a, b) for a, b in zip(parts, data.split(n, frac, seed=3)))
+        assert not torch.equal(parts[0], data.split(n, frac, seed=4)[0])
+
+
+def test_basis_is_miiii_with_shuffled_rows():
+    a, b = data.make('miiii', 13), data.make('basis', 13, seed=1)
+    assert sorted(a.y.tolist()) == sorted(b.y.tolist())          # whole rows move
+    assert (a.y == b.y).all(1).float().mean() < 0.2              # and nearly all of them do
+    assert torch.equal(b.y, data.make('basis', 13, seed=1).y) and not torch.equal(b.y, data.make('basis', 13, seed=2).y)
+
+
+@pytest.mark.parametrize('task, p', [('miiii', 12), ('miiii', 3), ('nanda', 1), ('masked', 7), ('other', 11)])
+def test_data_refuses(task, p):
+    with pytest.raises(ValueError):
+        data.make(task, p)
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+def general_forward(W, x, drop):
+    """The model as the paper writes it: every position, plain attention, no reordering. W: dict of weights."""
+    H, D, K = W['W_Q'].shape
+    z = W['W_E'][x] + W['W_pos'][None]                           # N T D
+    out = torch.zeros_like(z)
+    for h in range(H):
+        q, k, v = (z @ W[name][h] for name in ('W_Q', 'W_K', 'W_V'))
+        att = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(K), dim=-1)   # N T T, from, to
+        out = out + att @ v @ W['W_O'][h]
+    z = (z + out) * drop[0][:, None]
+    z = (z + torch.relu(z @ W['W_in']) @ W['W_out']) * drop[1][:, None]
+    return (z @ W['W_U'])[:, -1]
+
+
+@pytest.mark.parametrize('n_ops', [1, 3])
+@pytest.mark.parametrize('rows', [1, 50])  # one mask for the batch, or one per example
+def test_model_is_the_general_forward_pass(n_ops, rows):
+    torch.manual_seed(0)
+    p, D, H, C, N = 11, 24, 3, 17, 50
+    net = Transformer(p, D, H, C, n_ops).double()
+    x = torch.stack([torch.randint(p, (N,)), torch.randint(p, (N,)), p + torch.randint(n_ops, (N,))], 1)
+    drop = torch.rand(2, rows, D, dtype=torch.float64)
+    logits, oracle = net(x, drop), general_forward(dict(net.named_parameters()), x, drop)
+    assert logits.shape == (N, C) and (logits - oracle).abs().max() < 1e-10
+    grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in (logits, oracle)]
+    for a, b in zip(*grads):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def test_acts_are_those_of_the_forward_pass():
+    torch.manual_seed(0)
+    net, acts = Transformer(7, 8, 2, 10).double(), {}
+    x = data.make('nanda', 7).x
+    logits = net(x, acts=acts)
+    assert (acts['att'].shape, acts['neurons'].shape) == ((49, 3, 2), (49, 32))
+    assert torch.allclose(acts['att'].sum(1), torch.ones(49, 2, dtype=torch.float64))
+    assert torch.equal(acts['neurons'], torch.relu(acts['resid_mid'] @ net.W_in))
+    assert torch.equal(acts['resid_post'] @ net.W_U, logits)
+
+
+def test_parameters_count_shapes_and_initialisation():
+    torch.manual_seed(0)
+    net = Transformer(113, 256, 4, 1480)
+    shapes = dict(W_E=(114, 256), W_pos=(3, 256), W_Q=(4, 256, 64), W_K=(4, 256, 64), W_V=(4, 256, 64), W_O=(4, 64, 256),
+                  W_in=(256, 1024), W_out=(1024, 256), W_U=(256, 1480))
+    assert {n: tuple(w.shape) for n, w in net.state_dict().items()} == shapes
+    assert sum(w.numel() for w in net.parameters()) == 114 * 256 + 3 * 256 + 4 * 256 * 256 + 2 * 256 * 1024 + 256 * 1480 == 1_195_264
+    fan_in = dict(W_E=114, W_pos=3, W_Q=256, W_K=256, W_V=256, W_O=256, W_in=256, W_out=1024, W_U=256)
+    for n, w in net.state_dict().items():
+        assert abs(w.std() / math.sqrt(2 / fan_in[n]) - 1) < 4 / math.sqrt(2 * w.numel()), n  # four standard errors
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+def test_loss_and_gradient_against_float64():
+    """One row per margin, the right logit ahead by up to 69 or behind by up to 1000: losses from 1e-30 to 1e+3."""
+    torch.manual_seed(0)
+    margins = torch.cat([torch.linspace(-1000, 0, 41), torch.linspace(0, 71, 141)[1:]])
+    for q in (2, 3, 109):
+        z = torch.randn(len(margins), q)
+        t = torch.randint(q, (len(margins),))
+        z.scatter_(1, t[:, None], -torch.inf)
+        z.scatter_(1, t[:, None], (z.logsumexp(1) + margins)[:, None])
+        z64 = z.double().requires_grad_()
+        others = z64.clone().scatter(1, t[:, None], -torch.inf).logsumexp(1)
+        diff = others - z64.gather(1, t[:, None])[:, 0]
+        loss64 = torch.logaddexp(torch.zeros_like(diff), diff)  # log(1 + e^diff), exact in float64 down to 1e-300
+        grad64, = torch.autograd.grad(loss64.sum(), z64)
+        assert loss64.min() < 1e-30 and loss64.max() > 990
+        for i in range(len(margins)):  # row by row, so that large losses do not hide small ones
+            row = z[i:i + 1].clone().requires_grad_()
+            loss, _ = task_losses(row, t[i:i + 1, None], [q])
+            grad, = torch.autograd.grad(loss.sum(), row)
+            assert abs(loss.item() / loss64[i].item() - 1) < 1e-4
+            assert (grad.double() - grad64[i]).abs().max() < 1e-4 * grad64[i].abs().max()
+            assert (grad.double() - grad64[i])[0, t[i]].abs() < 1e-4 * grad64[i, t[i]].abs()
+    plain = torch.nn.functional.cross_entropy(torch.tensor([[40.0, 0.0]]), torch.tensor([0]))
+    assert plain == 0  # what the form above is for
+
+
+def test_loss_and_accuracy_against_torch_on_several_tasks():
+    torch.manual_seed(0)
+    d = data.make('miiii', 13)
+    logits = torch.randn(169, sum(d.classes))
+    loss, acc = task_losses(logits, d.y, d.classes)
+    for i, z in enumerate(logits.split(d.classes, 1)):
+        assert torch.allclose(loss[i], torch.nn.functional.cross_entropy(z, d.y[:, i]))
+        assert acc[i] == (z.argmax(1) == d.y[:, i]).float().mean()
+    loss, _ = task_losses(torch.zeros(169, sum(d.classes)), d.y, d.classes)
+    assert torch.allclose(loss / torch.tensor(d.classes).log(), torch.ones(5))  # uniform guessing
+
+
+def test_masked_leaves_its_columns_alone():
+    run = make_run('--task', 'masked', '--p', 13, '--epochs', 1)
+    loss, _ = run.forward(*run.parts[0])
+    grad, = torch.autograd.grad(run.task_weight @ loss, [run.model.W_U])
+    assert run.data.classes == [2, 3, 5, 7, 11]
+    assert (grad[:, :17] == 0).all() and (grad[:, 17:] != 0).any()
+    assert torch.allclose(run.task_weight @ loss, loss[-1] / math.log(11))
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+def test_filter_and_adamw_against_a_plain_loop():
+    """30 epochs against torch's default AdamW and the filter written out by hand, from the same gradients."""
+    args = '--optimizer adamw --lamb 0.5 --alpha 0.9 --dropout 0 --lr 1e-3 --weight_decay 0.5 --decay_from 1 --epochs 30'.split()
+    run, twin = make_run(*args), make_run(*args)
+    params = list(twin.model.parameters())
+    adamw = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.5, foreach=False, fused=False)
+    memory = [torch.zeros_like(w) for w in params]
+    for _ in range(30):
+        run.step()
+        loss = twin.task_weight @ twin.forward(*twin.parts[0])[0]
+        for i, (w, g) in enumerate(zip(params, torch.autograd.grad(loss, params))):
+            memory[i] = 0.9 * memory[i] + 0.1 * g
+            w.grad = g + 0.5 * memory[i]
+        adamw.step()
+    for a, b, m, n in zip(run.weights, params, run.filter, memory):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(m, n, atol=1e-5)
+    assert not make_run('--lamb', 0, '--epochs', 1).filter
+
+
+def test_muon_against_torch():
+    """On 2-D matrices, where torch's own takes part: the same weights after 20 steps up to its bfloat16 products."""
+    torch.manual_seed(0)
+    start = [torch.randn(24, 40), torch.randn(40, 24)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    a = train.Muon(ours, torch.tensor(0.02), 0.1)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
+    for _ in range(20):
+        for x, y in zip(ours, theirs):
+            x.grad = torch.randn_like(x)
+            y.grad = x.grad.clone()
+        a.step(), b.step()
+    for x, y, s in zip(ours, theirs, start):
+        assert (x - y).norm() < 0.03 * (y - s).norm()
+    stack = torch.randn(3, 24, 40)
+    for i in range(3):  # a stack is orthogonalised matrix by matrix, singular values near 1
+        assert torch.allclose(train.orthogonalize(stack)[i], train.orthogonalize(stack[i]), atol=1e-5)
+    sv = torch.linalg.svdvals(train.orthogonalize(stack))
+    assert 0.5 < sv.min() and sv.max() < 1.3
+
+
+def test_dropout_masks():
+    for kind, rows in [('batch', 1), ('example', 60)]:
+        run = make_run('--dropout', 0.25, '--dropout_mask', kind, '--d_model', 512, '--train_frac', 0.5)
+        m = run.masks(60)
+        assert m.shape == (2, rows, 512) and torch.allclose(m.unique(), torch.tensor([0, 4 / 3]))
+        assert abs((m == 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / m.numel())
+        assert not torch.equal(m, run.masks(60))
+    assert make_run('--dropout', 0).masks(60) == (1, 1)
+
+
+def test_learning_rate_schedule():
+    run, rates = make_run('--epochs', 10, '--decay_from', 0.4, '--lr', 0.1, '--optimizer', 'muon', '--muon_lr', 0.01), []
+    for _ in range(10):
+        run.step()
+        rates.append([x.param_groups[0]['lr'].item() for x in run.optimizers])
+    shape = np.minimum(1, (10 - np.arange(10)) / 6)
+    assert np.allclose(rates, np.outer(shape, [0.1, 0.01]), rtol=1e-5)
+
+
+PINNED = []
+
+
+def test_first_losses_pinned():
+    """Mean loss / ln q of the first epochs of one setting; they move only if the algorithm does."""
+    run = make_run('--optimizer', 'adamw', '--lamb', 0.5, '--epochs', 40, '--dropout', 0, '--lr', '1e-3', '--train_frac', 0.5)
+    for _ in range(40):
+        run.step()
+    mean = (run.metrics['train_loss'] / run.ln_q).mean(1)
+    assert torch.allclose(mean[[0, 1, 10, 39]], torch.tensor(PINNED), rtol=1e-3), mean[[0, 1, 10, 39]].tolist()
+
+
+def losses_of(run, fn, epochs):
+    for _ in range(epochs):
+        fn()
+    return run.metrics['train_loss'][:epochs].cpu()
+
+
+def test_eager_and_compiled_agree():
+    """The same losses over 50 epochs with dropout and filter on, up to float32 rounding grown over the epochs."""
+    args = ('--epochs', 50, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
+    eager, compiled = (make_run(*args, '--compile', how) for how in ('off', 'on'))
+    a = losses_of(eager, eager.step, 50)
+    torch.manual_seed(0)  # both drew their weights; now both draw the same masks
+    eager2 = make_run(*args)
+    assert torch.equal(losses_of(eager2, eager2.step, 50), a)
+    torch.manual_seed(0)
+    compiled = make_run(*args, '--compile', 'on')
+    assert torch.allclose(losses_of(compiled, compiled.step, 50), a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_captured_graph_is_the_eager_step():
+    """200 epochs: the same losses and filter memory as without capture, dropout different at every replay."""
+    args = ('--device', 'cuda', '--epochs', 200, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
+    eager, graph = make_run(*args, '--compile', 'off'), None
+    a = losses_of(eager, eager.step, 200)
+    graph = make_run(*args, '--compile', 'on')
+    b = losses_of(graph, graph.captured(graph.step), 200)
+    assert torch.allclose(a[:50], b[:50], rtol=1e-2, atol=1e-4)
+    assert all(torch.allclose(x, y, rtol=0.1, atol=1e-3) for x, y in zip(eager.filter, graph.filter))
+    frozen = make_run(*args, '--lr', 0, '--lamb', 0, '--weight_decay', 0, '--compile', 'on')
+    c = losses_of(frozen, frozen.captured(frozen.step), 50).mean(1)
+    assert len(c.unique()) > 45  # weights stand still, so only the masks can move the loss
+
+
+# ------------------------------------------------------------------------------------------------ spectra
+
+def test_waves_and_their_count():
+    freqs, basis = analyze.waves(113, data.primes_below(113), 113)
+    assert len(freqs) == 726 and int((basis[:2].abs().sum(-1) > 0).sum()) == 1451
+    gram = torch.linalg.eigvalsh((lambda w: w @ w.T)(torch.nn.functional.normalize(basis[:2].flatten(0, 1)[basis[:2].flatten(0, 1).any(1)], dim=1)))
+    assert abs(gram[0] - 0.745) < 1e-3 and abs(gram[-1] - 1.329) < 1e-3  # nearly orthonormal
+    for i in (0, 5, 400, 725):
+        q, k = freqs[i].tolist()
+        n = np.arange(113 ** 2)
+        assert np.allclose(basis[0, i], np.cos(2 * np.pi * k * n / q), atol=1e-9)
+        if q > 2:
+            assert np.allclose(basis[1, i], np.sin(2 * np.pi * k * n / q), atol=1e-9)
+            assert np.allclose(basis[2, i], np.cos(2 * np.pi * k * (n % 113 - 113 * (n // 113)) / q), atol=1e-9)
+
+
+def test_neuron_spectra_find_planted_waves():
+    p, classes = 31, data.primes_below(31)
+    freqs, basis = analyze.waves(p, classes, p)
+    at = {tuple(f): i for i, f in enumerate(freqs.tolist())}
+    n = torch.arange(p * p)
+    wave = lambda q, k, sign: torch.cos(2 * torch.pi * k * (n % p + sign * p * (n // p)) / q + 0.7)
+    marginal = torch.cos(2 * torch.pi * 3 * (n % p) / 29)
+    neurons = torch.stack([wave(29, 5, 1) + 3, 2 * wave(23, 4, -1) + marginal], 1)
+    out = analyze.neuron_spectra(neurons, p, *analyze.wave_solver(p, basis))
+    assert out['spectrum'].shape == (16,) and out['sum_power'].shape == out['difference_power'].shape == (len(freqs),)
+    assert abs(out['sum_power'][at[29, 5]] / (0.5 / 2) - 1) < 0.05        # variance 1/2, mean over two neurons
+    assert abs(out['difference_power'][at[23, 4]] / (2 / 2) - 1) < 0.05
+    rest = out['sum_power'].sum() + out['difference_power'].sum() - out['sum_power'][at[29, 5]] - out['difference_power'][at[23, 4]]
+    assert rest < 0.01
+    own = torch.tensor(np.abs(np.fft.fft2(neurons.T.reshape(2, p, p).numpy())) / p ** 2)[:, :p // 2 + 1].mean(2).T  # full 2-D DFT
+    assert torch.allclose(out['spectrum'].double(), own.mean(1).double(), atol=1e-5)
+    assert torch.allclose(out['variance'][0], neurons.var(0, correction=0).mean())
+    mod_p = torch.cos(2 * torch.pi * 4 * (n % p + n // p) / p)[:, None]   # one bin of x1, and its count
+    assert analyze.neuron_spectra(mod_p, p, *analyze.wave_solver(p, basis))['active'].tolist() == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+
+def same_run(a, b):
+    ca, cb = (torch.load(Path(x, 'ckpt.pt'), weights_only=True) for x in (a, b))
+    assert ca['step'] == cb['step'] and all(torch.equal(ca['model'][k], cb['model'][k]) for k in ca['model'])
+    assert Path(a, 'metrics.npz').read_bytes() == Path(b, 'metrics.npz').read_bytes()
+
+
+def test_run_folder(tmp_path):
+    done = cli(*TINY, '--epochs', 40, '--spectra_every', 16, '--train_frac', 0.4, '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    ckpt = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys() and ckpt['step'] == 40
+    m = np.load(tmp_path / 'metrics.npz')
+    assert m['epoch'].tolist() == list(range(40)) and m['grad_norm'].shape == (40, 9)
+    assert m['grad_norm_names'].tolist() == list(ckpt['model'])
+    for name in ('train_loss', 'train_acc', 'valid_loss', 'valid_acc'):
+        assert m[name].shape == (40, 4) and np.isfinite(m[name]).all() and m[name].any()
+    assert m['spectra_epoch'].tolist() == [0, 16, 32] and m['spectrum'].shape == (3, 6) and m['sum_power'].shape == (3, len(m['freqs']))
+    s = json.loads((tmp_path / 'summary.json').read_text())
+    assert s['split'] == dict(train=48, valid=36, test=37) and s['epochs'] == 40 and s['config']['train_frac'] == 0.4
+    assert [t['name'] for t in s['tasks']] == ['n mod 2', 'n mod 3', 'n mod 5', 'n mod 7'] and [t['classes'] for t in s['tasks']] == [2, 3, 5, 7]
+    snaps = sorted(int(f.stem) for f in (tmp_path / 'snapshots').iterdir())
+    assert snaps == [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
+    # snapshot 16 is the weights that row 16 was measured at, and the summary that of the checkpoint: recompute both
+    d = data.make('miiii', 11)
+    rows = data.split(121, 0.4)
+    net = Transformer(11, 32, 2, 17)
+    net.load_state_dict(torch.load(tmp_path / 'snapshots' / '00000016.pt', weights_only=True)['model'])
+    loss, acc = task_losses(net(d.x[rows[1]]), d.y[rows[1]], d.classes)
+    assert np.allclose(m['valid_loss'][16], loss.detach(), rtol=1e-4) and np.allclose(m['valid_acc'][16], acc)
+    net.load_state_dict(ckpt['model'])
+    for part, r in zip(('train', 'valid', 'test'), rows):
+        loss, acc = task_losses(net(d.x[r]), d.y[r], d.classes)
+        assert np.allclose([t[f'{part}_loss'] for t in s['tasks']], loss.detach(), rtol=1e-4)
+        assert np.allclose([t[f'{part}_acc'] for t in s['tasks']], acc)
+
+
+def test_grok_epochs():
+    run = make_run('--epochs', 6)
+    run.epoch = 6
+    acc = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0.0]])
+    final = torch.tensor([1, 1, 0, 0.5])
+    assert [train.grok_epochs(a, f) for a, f in zip(acc, final)] == [(1, 3), (0, 0), (None, None), (1, None)]
+
+
+@pytest.mark.parametrize('extra', ['--optimizer adamw --lamb 0.5 --decay_from 1', '--optimizer muon --decay_from 1 --dropout_mask example'])
+def test_resume_is_exact(tmp_path, extra):
+    a, b, args = tmp_path / 'a', tmp_path / 'b', [*TINY, *extra.split(), '--spectra_every', 7]
+    assert cli(*args, '--epochs', 60, '--out', a).returncode == 0
+    assert cli(*args, '--epochs', 23, '--out', b).returncode == 0
+    assert cli('--resume', '--epochs', 60, '--out', b).returncode == 0  # its own options hold
+    same_run(a, b)
+
+
+def start(*args):
+    return subprocess.Popen([sys.executable, '-u', HERE / 'train.py', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f'{text!r} never came')
+
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_resumes_exactly(tmp_path, sig):
+    a, b, args = tmp_path / 'a', tmp_path / 'b', [*TINY, '--epochs', 1500]
+    p = start(*args, '--out', b)
+    wait_for(p, 'before epoch 1')
+    time.sleep(1)
+    p.send_signal(sig)
+    out = p.communicate(timeout=60)[0]
+    step = torch.load(b / 'ckpt.pt', weights_only=True)['step']
+    assert p.returncode == 128 + sig and 'saved at epoch' in out and 0 < step < 1500 and not (b / 'summary.json').exists()
+    assert cli('--resume', '--out', b).returncode == 0
+    assert cli(*args, '--out', a).returncode == 0
+    same_run(a, b)
+
+
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(HERE))
+    eager_saver = 'import train, sys; train.SAVE_EVERY = 0; train.sys.exit(train.main(sys.argv[1:]))'
+    for i in range(3):
+        out = tmp_path / str(i)
+        p = subprocess.Popen([sys.executable, '-c', eager_saver, *TINY, '--epochs', '100000', '--out', out], stdout=subprocess.PIPE, text=True)
+        wait_for(p, 'before epoch 1')
+        time.sleep(0.7 + 0.37 * i)
+        p.kill()
+        p.wait()
+        ckpt = train.load(out / 'ckpt.pt')
+        with np.load(out / 'metrics.npz') as m:
+            assert len(m['epoch']) >= ckpt['step']
+        assert cli('--resume', '--out', out, '--bench', 1).returncode == 0  # restores all of it
+
+
+# ------------------------------------------------------------------------------------------------ bad input and faults
+
+@pytest.mark.parametrize('args, says', [
+    (['--p', 12], 'prime'), (['--p', 4], 'p must'), (['--task', 'masked', '--p', 7], 'masked'),
+    (['--train_frac', 1], 'empty'), (['--train_frac', 0], 'empty'), (['--train_frac', 'nan'], 'train_frac'),
+    (['--d_model', 30, '--n_heads', 4], 'divisible'), (['--lam', 1], '--lamb'), (['--leraning_rate=1'], 'unknown option'),
+    (['--dropout', 1], 'dropout'), (['--epochs', 0], 'epochs'), (['--lr', 'fast'], 'lr'), (['--task', 'nands'], 'nanda'),
+    (['--device', 'nowhere'], 'device'), (['--resume'], 'nothing to resume')])
+def test_bad_options(tmp_path, args, says):
+    assert says in refused(*args, '--out', tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+def test_cuda_without_cuda(tmp_path):
+    assert 'cuda' in refused('--device', 'cuda', '--out', tmp_path)
+
+
+def test_a_folder_is_never_overwritten_and_a_resume_must_agree(tmp_path):
+    args = [*TINY, '--epochs', 10, '--out', tmp_path]
+    assert cli(*args).returncode == 0
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    assert '--resume' in refused(*args)
+    line = refused(*args, '--resume', '--lr', 0.5, '--p', 13)
+    assert 'lr' in line and 'p is 11' in line
+    assert 'epochs' in refused('--resume', '--out', tmp_path, '--epochs', 5)
+    assert cli('--resume', '--out', tmp_path).returncode == 0  # finished already: nothing happens to it
+    assert {f: f.read_bytes() for f in before if f.name != 'summary.json'} == {f: b for f, b in before.items() if f.name != 'summary.json'}
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ('touch /tmp/bomb_went_off',)
+
+
+def test_bad_checkpoints(tmp_path):
+    assert cli(*TINY, '--epochs', 5, '--out', tmp_path).returncode == 0
+    path, resume = tmp_path / 'ckpt.pt', ('--resume', '--out', tmp_path)
+    good = path.read_bytes()
+    bomb = Path('/tmp/bomb_went_off')
+    bomb.unlink(missing_ok=True)
+    foreign = train.load(path)
+    torch.save(Bomb(), path)
+    assert 'ckpt.pt' in refused(*resume) and not bomb.exists()
+    torch.save(foreign | dict(model=Bomb()), path)
+    assert 'ckpt.pt' in refused(*resume) and not bomb.exists()
+    for bad in (good[:len(good) // 2], good[:100], b'', b'hello'):
+        path.write_bytes(bad)
+        assert 'ckpt.pt' in refused(*resume)
+    for content in ([1, 2], {'model': 1}, foreign | dict(model={'W_E': torch.zeros(2)}), foreign | dict(config={'no': 1}),
+                    foreign | dict(rng={}), foreign | dict(optimizer=[]), foreign | dict(step='many')):
+        torch.save(content, path)
+        refused(*resume)
+    path.write_bytes(good)
+    (tmp_path / 'metrics.npz').write_bytes(b'')
+    assert 'metrics' in refused(*resume)
+
+
+def test_no_place_to_write(tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    assert 'cannot write' in refused(*TINY, '--epochs', 5, '--out', tmp_path / 'file')
+    assert (tmp_path / 'file').read_text() == 'in the way'
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    """The disk fills up after the first save: the error says so and the first checkpoint still loads."""
+    real, calls = os.fsync, []
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) > 2:
+            raise OSError(28, 'No space left on device')
+        real(fd)
+    monkeypatch.setattr(train.os, 'fsync', full)
+    with pytest.raises(train.Refusal, match='No space left'):
+        train.main([*TINY, '--epochs', '20', '--out', str(tmp_path)])
+    assert train.load(tmp_path / 'ckpt.pt')['step'] == 0
+    assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    line = refused(*TINY, '--optimizer', 'adamw', '--lr', 10, '--weight_decay', 100, '--decay_from', 1, '--epochs', 3000, '--out', tmp_path)
+    assert 'not finite at epoch' in line and ('n mod' in line or 'W_' in line)
+    assert all(w.isfinite().all() for w in train.load(tmp_path / 'ckpt.pt')['model'].values())
+
+
+# ------------------------------------------------------------------------------------------------ presets, bench, help
+
+def test_defaults_are_the_papers_run():
+    o = train.Options()
+    assert (o.dropout, o.lamb, o.weight_decay, o.d_model, o.lr, o.n_heads, o.p, o.epochs) == (0.1, 0.5, 1 / 3, 256, 3e-4, 4, 113, 65536)
+    o, _ = train.resolve(dict(task='nanda', preset='paper', device='cpu'))
+    assert (o.d_model, o.n_heads, o.lr, o.weight_decay, o.dropout) == (128, 4, 1e-3, 1, 0)
+    auto, _ = train.resolve({})
+    assert auto.preset == ('paper' if torch.cuda.is_available() else 'fast')
+    o, _ = train.resolve(dict(preset='fast', lr=0.5, device='cpu'))
+    assert o.lr == 0.5 and o.optimizer == 'muon'  # a given option wins over the preset
+
+
+def test_bench_prints_json(tmp_path):
+    done = cli(*TINY, '--bench', 5, '--out', tmp_path / 'none')
+    assert done.returncode == 0 and not (tmp_path / 'none').exists()
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert {'ms_per_epoch', 'epochs_per_s', 'gflop_per_epoch', 'gflops', 'matmul_gflops', 'share', 'device'} == last.keys()
+    assert math.isclose(last['ms_per_epoch'] * last['epochs_per_s'], 1000, rel_tol=1e-6)
+    per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
+    n, v = (round(121 * f) for f in (0.5, 0.25))
+    assert math.isclose(last['gflop_per_epoch'], per_row * (3 * n + v) / 1e9)
+
+
+def test_counted_work_at_the_papers_setting():
+    o = train.Options()
+    classes = data.primes_below(113)
+    work = train.gflop_per_epoch(o, classes)
+    assert abs(work - (3 * 7.42 + 1.94)) < 0.05  # 7.4 GFLOP forward on 3,831 rows, and validation on 1,000
+
+
+def test_help_explains_every_option():
+    done = cli('--help')
+    assert done.returncode == 0
+    for f in train.dataclasses.fields(train.Options):
+        assert f'--{f.name}' in done.stdout and f.metadata['help'].split()[0] in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ it groks
+
+def test_it_groks(tmp_path):
+    """The real thing, small: modular addition, trained on half the pairs, is right on all the others."""
+    done = cli('--task', 'nanda', '--p', 23, '--preset', 'fast', '--epochs', 600, '--out', tmp_path, '--device', 'cpu')
+    s = json.loads((tmp_path / 'summary.json').read_text())
+    t = s['tasks'][0]
+    assert t['valid_acc'] == 1 and t['test_acc'] > 0.98, done.stdout
