@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,10 @@ from model import Transformer, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- options
+
+class Refusal(Exception):
+    """Something the user can mend: reported in one line, exit code 2."""
+
 
 def opt(default, help, **limits):
     return dataclasses.field(default=default, metadata=dict(help=help, **limits))
@@ -55,17 +60,25 @@ class Options:
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
-    epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**9)
+    epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
     precision: str = opt('tf32', 'of matrix products; weights and loss are float32 always, and tf32 is float32 without CUDA',
                          choices=('float32', 'tf32', 'bfloat16'))
-    spectra_every: int = opt(0, 'record the spectra of all neurons every so many epochs, 0 = never', lo=0, hi=10**9)
+    spectra_every: int = opt(0, 'record the spectra of all neurons every so many epochs, 0 = never', lo=0, hi=10**7)
     snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
     preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
     device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
     compile: str = opt('auto', 'compile the step, on CUDA also capture it as a graph; auto = on CUDA', choices=('auto', 'on', 'off'))
     out: str = opt('', 'run folder, out/TASK if not given')
     resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
-    bench: int = opt(0, 'time so many epochs, save nothing', lo=0, hi=10**9)
+    bench: int = opt(0, 'time so many epochs, save nothing', lo=0, hi=10**6)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            v, lo, hi = getattr(self, f.name), f.metadata.get('lo', -math.inf), f.metadata.get('hi', math.inf)
+            if not isinstance(v, (f.type, int) if f.type is float else f.type) or v not in f.metadata.get('choices', [v]):
+                raise Refusal(f'--{f.name} cannot be {v!r}')
+            if f.type in (int, float) and not lo <= v <= hi:
+                raise Refusal(f'--{f.name} must lie between {lo} and {hi}, not {v}')
 
 
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
@@ -75,10 +88,6 @@ PRESETS = {
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
-
-
-class Refusal(Exception):
-    """Something the user can mend: reported in one line, exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,10 +110,6 @@ def parse(argv):
     for word in unknown:
         near = difflib.get_close_matches(word.split('=')[0], fields, 1)
         raise Refusal(f'unknown option {word}' + (f', did you mean {near[0]}?' if near else ', see --help'))
-    for flag, f in fields.items():
-        v, lo, hi = getattr(given, f.name, None), f.metadata.get('lo'), f.metadata.get('hi')
-        if v is not None and lo is not None and not lo <= v <= hi:
-            raise Refusal(f'{flag} must lie between {lo} and {hi}, not {v}')
     return vars(given)
 
 
@@ -157,7 +162,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, mu = group['lr'], group['momentum']
             for w in group['params']:
-                m = self.state[w].setdefault('momentum', torch.zeros_like(w))
+                if not self.state[w]:
+                    self.state[w]['momentum'] = torch.zeros_like(w)
+                m = self.state[w]['momentum']
                 m.lerp_(w.grad, 1 - mu)
                 u = orthogonalize(w.grad.lerp(m, mu)) * max(1, w.shape[-2] / w.shape[-1]) ** 0.5
                 w.mul_(1 - lr * group['weight_decay']).sub_(lr * u)
@@ -182,12 +189,15 @@ class Run:
         self.o, self.device = o, torch.device(o.device)
         self.cuda = self.device.type == 'cuda'
         self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
+        set_precision(o.device, o.precision)
         torch.manual_seed(o.seed)
         try:
             self.data = d = data.make(o.task, o.p, o.data_seed, o.device)
             self.split = data.split(len(d.x), o.train_frac, o.data_seed)
         except ValueError as e:
             raise Refusal(e)
+        if not d.in_loss.any():
+            raise Refusal(f'task {o.task} leaves nothing to train on at p = {o.p}')
         if o.d_model % o.n_heads:
             raise Refusal(f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
         self.parts = [(d.x[rows], d.y[rows]) for rows in (r.to(self.device) for r in self.split)]  # train, valid, test
@@ -195,7 +205,7 @@ class Run:
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
         self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
-        self.measure = torch.compile(self.forward) if self.compiled else self.forward  # eager 1.0, compiled 0.8 of the time on a CPU
+        self.measure = torch.compile(self.forward, dynamic=False) if self.compiled else self.forward
         named = dict(self.model.named_parameters())
         self.names, self.weights = list(named), list(named.values())
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
@@ -346,10 +356,10 @@ class Run:
             if self.cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], self.device)
             with np.load(Path(self.o.out, 'metrics.npz')) as old:
-                n = -(-self.epoch // max(1, self.o.spectra_every))
-                for k, v in (self.metrics | self.spectra).items():
-                    rows = self.epoch if k in self.metrics else n
-                    v[:rows] = torch.from_numpy(old[k][:rows])
+                for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
+                    for name, buffer in buffers.items():
+                        buffer = buffer[:-(-self.epoch // every)]
+                        buffer.copy_(torch.from_numpy(old[name][:len(buffer)]).view(buffer.shape))
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
             raise Refusal(f'cannot resume from {self.o.out}: {str(e).splitlines()[0]} ({type(e).__name__})')
 
@@ -426,8 +436,10 @@ def train(run):
         # from here on: the host looks, about once a second
         rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1).cpu()  # the only sync
         now = time.perf_counter()
-        done, took, n = run.epoch == o.epochs or bool(signals), now - chunk_began, run.epoch - first
-        run.wall_s, chunk, rate = wall_before + now - began, max(1, min(2 * chunk, int(n / took))), n / took if not rate else 0.8 * rate + 0.2 * n / took
+        speed, done = (run.epoch - first) / (now - chunk_began), run.epoch == o.epochs or bool(signals)
+        rate = 0.8 * rate + 0.2 * speed if rate else speed
+        chunk = max(1, min(2 * chunk, int(speed)))  # about a second's worth
+        run.wall_s = wall_before + now - began
         check_finite(run, rows, first)
         if sys.stdout.isatty() or done or now - line_at > LINE_EVERY:
             line_at = now
@@ -466,7 +478,9 @@ def progress(run, row, rate):
     acc = row[3 * Q:4 * Q]
     line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  {rate:.3g} epochs/s  ETA {hms((o.epochs - run.epoch) / rate)}  '
             f'validation mean {acc.mean():.3f} worst {acc.min():.3f}  grokked {(acc >= 0.99).sum()}/{Q}')
-    print(('\r\033[K' if tty else '') + line, end='' if tty and run.epoch < o.epochs else '\n', flush=True)
+    if tty:
+        line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
+    print(line, end='' if tty and run.epoch < o.epochs else '\n', flush=True)
 
 
 def grok_epochs(valid_acc, final):
@@ -507,7 +521,7 @@ def finish(run):
 def device_name(device):
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
-    return f'{torch.cpu.get_capabilities().get("cpu_name", platform.machine())}, {torch.get_num_threads()} threads'
+    return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 
 def gflop_per_epoch(o, classes):
@@ -518,9 +532,14 @@ def gflop_per_epoch(o, classes):
     return per_row * (3 * len(train) + len(valid)) / 1e9
 
 
+def set_precision(device, precision):
+    """Products of float32 matrices: TF32 on CUDA if asked for (10 bits of mantissa), else true float32."""
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' and device.startswith('cuda') else 'highest')
+
+
 def matmul_rate(device, precision):
     """GFLOP/s of large matrix products on this machine: the best of a few shapes, each the median of nine."""
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    set_precision(device, precision)
     dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
     best, g = 0, torch.Generator(device).manual_seed(0)  # its own, so that a run draws the same masks with or without this
     for m, k, n in [(8192, 8192, 8192), (16384, 1024, 4096)] if device.startswith('cuda') else [(4096, 256, 1024), (4096, 1024, 256)]:
@@ -565,9 +584,9 @@ def main(argv):
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)           # M_MMAP_MAX, M_TRIM_THRESHOLD
     o, ckpt = resolve(given)
     folder = Path(o.out)
-    if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json')):
+    if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
         raise Refusal(f'{folder} holds a run; go on with it by --resume, or choose another folder by --out')
-    run = Run(dataclasses.replace(o, epochs=max(o.epochs, o.bench + 5)) if o.bench else o, ckpt)
+    run = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 5) if o.bench else o, ckpt)  # room for the records
 
     params, device = sum(w.numel() for w in run.weights), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
@@ -579,7 +598,7 @@ def main(argv):
     o2, _ = resolve({k: v for k, v in given.items() if k != 'resume'} | dict(preset=other))
     command = ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'resume', 'out')] + [f'--preset {other}'])
     seconds = gflop_per_epoch(o2, run.data.classes) * o2.epochs / matmul_rate(o2.device, o2.precision) * 2
-    torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')
+    set_precision(o.device, o.precision)
     print(f'preset {o.preset} ({why}): {o.optimizer}, {o.precision}, {o.epochs:,} epochs; the other: python train.py {command}, roughly {hms(seconds)} here')
     with torch.no_grad():
         loss, _ = run.forward(*run.parts[1])
@@ -600,3 +619,5 @@ if __name__ == '__main__':
     except Refusal as e:
         print(f'train.py: error: {e}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first epoch or after the last: nothing is lost
+        sys.exit(130)
