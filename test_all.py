@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,16 +252,27 @@ def test_learning_rate_schedule():
     assert np.allclose(rates, np.outer(shape, [0.1, 0.01]), rtol=1e-5)
 
 
-PINNED = []
-
-
-def test_first_losses_pinned():
-    """Mean loss / ln q of the first epochs of one setting; they move only if the algorithm does."""
-    run = make_run('--optimizer', 'adamw', '--lamb', 0.5, '--epochs', 40, '--dropout', 0, '--lr', '1e-3', '--train_frac', 0.5)
-    for _ in range(40):
+def test_first_losses_pinned_by_an_independent_float64_twin():
+    """Mean loss / ln q of 40 epochs: the paper's model, loss, filter and AdamW written plainly in float64 from the same weights."""
+    run = make_run(*'--optimizer adamw --lamb 0.5 --epochs 40 --dropout 0 --lr 1e-3 --weight_decay 1 --train_frac 0.5 --decay_from 0.4'.split())
+    W = {n: torch.nn.Parameter(w.detach().double()) for n, w in run.model.named_parameters()}
+    memory, (x, y), twin = {n: 0 for n in W}, run.parts[0], []
+    adamw = torch.optim.AdamW(W.values(), betas=(0.9, 0.98), weight_decay=1.0)
+    for epoch in range(40):
         run.step()
-    mean = (run.metrics['train_loss'] / run.ln_q).mean(1)
-    assert torch.allclose(mean[[0, 1, 10, 39]], torch.tensor(PINNED), rtol=1e-3), mean[[0, 1, 10, 39]].tolist()
+        logits = general_forward(W, x, torch.ones(2, 1, 32, dtype=torch.float64))
+        loss = sum(torch.nn.functional.cross_entropy(z, t) / math.log(z.shape[1]) for z, t in zip(logits.split([2, 3, 5, 7], 1), y.T)) / 4
+        adamw.zero_grad()
+        loss.backward()
+        for n, w in W.items():
+            memory[n] = 0.98 * memory[n] + 0.02 * w.grad
+            w.grad += 0.5 * memory[n]
+        adamw.param_groups[0]['lr'] = 1e-3 * min(1, (40 - epoch) / 24)
+        adamw.step()
+        twin.append(loss.item())
+    ours = (run.metrics['train_loss'] / run.ln_q).mean(1).numpy()
+    assert np.allclose(ours, twin, rtol=1e-4)
+    assert np.allclose(ours[[0, 1, 10, 39]], [5.118945, 4.211175, 1.398876, 1.031196], rtol=1e-4)
 
 
 def losses_of(run, fn, epochs):
@@ -269,24 +281,22 @@ def losses_of(run, fn, epochs):
     return run.metrics['train_loss'][:epochs].cpu()
 
 
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
 def test_eager_and_compiled_agree():
     """The same losses over 50 epochs with dropout and filter on, up to float32 rounding grown over the epochs."""
     args = ('--epochs', 50, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
-    eager, compiled = (make_run(*args, '--compile', how) for how in ('off', 'on'))
+    eager = make_run(*args, '--compile', 'off')
     a = losses_of(eager, eager.step, 50)
-    torch.manual_seed(0)  # both drew their weights; now both draw the same masks
-    eager2 = make_run(*args)
-    assert torch.equal(losses_of(eager2, eager2.step, 50), a)
-    torch.manual_seed(0)
-    compiled = make_run(*args, '--compile', 'on')
+    compiled = make_run(*args, '--compile', 'on')  # draws the same weights and masks: every run seeds itself
     assert torch.allclose(losses_of(compiled, compiled.step, 50), a, rtol=1e-3, atol=1e-5)
+    assert a[-1].mean() < a[0].mean()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_captured_graph_is_the_eager_step():
     """200 epochs: the same losses and filter memory as without capture, dropout different at every replay."""
     args = ('--device', 'cuda', '--epochs', 200, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
-    eager, graph = make_run(*args, '--compile', 'off'), None
+    eager = make_run(*args, '--compile', 'off')
     a = losses_of(eager, eager.step, 200)
     graph = make_run(*args, '--compile', 'on')
     b = losses_of(graph, graph.captured(graph.step), 200)
@@ -558,8 +568,7 @@ def test_help_explains_every_option():
 # ------------------------------------------------------------------------------------------------ it groks
 
 def test_it_groks(tmp_path):
-    """The real thing, small: modular addition, trained on half the pairs, is right on all the others."""
-    done = cli('--task', 'nanda', '--p', 23, '--preset', 'fast', '--epochs', 600, '--out', tmp_path, '--device', 'cpu')
-    s = json.loads((tmp_path / 'summary.json').read_text())
-    t = s['tasks'][0]
-    assert t['valid_acc'] == 1 and t['test_acc'] > 0.98, done.stdout
+    """The real thing, small: trained on half of the sums mod 31, the network is right on every pair it never saw."""
+    done = cli(*'--task nanda --p 31 --d_model 64 --train_frac 0.5 --epochs 400 --preset fast --precision float32 --device cpu --out'.split(), tmp_path)
+    task, = json.loads((tmp_path / 'summary.json').read_text())['tasks']
+    assert task['valid_acc'] == 1 and task['test_acc'] == 1 and 50 < task['grok_epoch'] < 400, done.stdout
