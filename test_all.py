@@ -2,9 +2,11 @@
 
     python -m pytest -q test_all.py      # minutes on two CPU cores; what needs CUDA skips without it
 """
+import contextlib
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -439,6 +441,22 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
         with np.load(out / 'metrics.npz') as m:
             assert len(m['epoch']) >= ckpt['step']
         assert cli('--resume', '--out', out, '--bench', 1).returncode == 0  # all of it can be restored
+
+
+def test_progress_is_one_line_rewritten_on_a_terminal_and_plain_lines_in_a_log(tmp_path):
+    terminal, child = pty.openpty()
+    args = [sys.executable, str(HERE / 'train.py'), *TINY, '--epochs', '400', '--out']
+    p = subprocess.Popen([*args, str(tmp_path / 'a')], stdout=child, stderr=child)
+    os.close(child)
+    shown = b''
+    with contextlib.suppress(OSError):  # the terminal hangs up when the run ends
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    lines = shown.decode().split('\r\n')
+    rewritten = [line for line in lines if line.startswith('\r')]
+    assert p.wait() == 0 and len(rewritten) == 1 and rewritten[0].count('\r') > 1 and 'ETA' in rewritten[0]
+    log = cli(*TINY, '--epochs', 400, '--out', tmp_path / 'b').stdout
+    assert '\r' not in log and '100%' in log and 'epochs/s' in log and 'grokked' in log
 
 
 # ------------------------------------------------------------------------------------------------ bad input and faults

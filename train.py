@@ -51,7 +51,7 @@ class Options:
     d_model: int = opt(256, 'width D; the MLP has 4D neurons', lo=1, hi=2**14)
     n_heads: int = opt(4, 'attention heads; must divide d_model', lo=1, hi=2**14)
     dropout: float = opt(0.1, 'share of the residual stream dropped after each of the two adds', lo=0, hi=0.99)
-    dropout_mask: str = opt('batch', 'one mask per step for the whole batch, or one per example', choices=('batch', 'example'))
+    dropout_mask: str = opt('example', 'one mask per example, or one per step for the whole batch', choices=('example', 'batch'))
     optimizer: str = opt('adamw', 'adamw for all matrices, or muon for all but W_E and W_pos', choices=('adamw', 'muon'))
     lr: float = opt(3e-4, 'learning rate of AdamW', lo=0, hi=10)
     weight_decay: float = opt(1 / 3, 'decoupled weight decay of AdamW', lo=0, hi=100)
@@ -84,7 +84,7 @@ class Options:
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
 PRESETS = {
     'paper': {'miiii': {}, 'nanda': dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)},
-    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3500),
+    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000),
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
