@@ -21,7 +21,7 @@ import torch
 import analyze
 import data
 import train
-from model import Transformer, task_losses
+from model import Muon, Transformer, orthogonalize, task_losses
 
 HERE = Path(__file__).parent
 TINY = '--task miiii --p 11 --d_model 32 --n_heads 2 --precision float32 --device cpu'.split()
@@ -219,7 +219,7 @@ def test_muon_against_torch():
     torch.manual_seed(0)
     start = [torch.randn(24, 40), torch.randn(40, 24)]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    a = train.Muon(ours, torch.tensor(0.02), 0.1)
+    a = Muon(ours, torch.tensor(0.02), 0.1)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
     for _ in range(20):
         for x, y in zip(ours, theirs):
@@ -230,8 +230,8 @@ def test_muon_against_torch():
         assert (x - y).norm() < 0.03 * (y - s).norm()
     stack = torch.randn(3, 24, 40)
     for i in range(3):  # a stack is orthogonalised matrix by matrix, singular values near 1
-        assert torch.allclose(train.orthogonalize(stack)[i], train.orthogonalize(stack[i]), atol=1e-5)
-    sv = torch.linalg.svdvals(train.orthogonalize(stack))
+        assert torch.allclose(orthogonalize(stack)[i], orthogonalize(stack[i]), atol=1e-5)
+    sv = torch.linalg.svdvals(orthogonalize(stack))
     assert 0.5 < sv.min() and sv.max() < 1.3
 
 
@@ -377,6 +377,11 @@ def test_run_folder(tmp_path):
     net.load_state_dict(torch.load(tmp_path / 'snapshots' / '00000016.pt', weights_only=True)['model'])
     loss, acc = task_losses(net(d.x[rows[1]]), d.y[rows[1]], d.classes)
     assert np.allclose(m['valid_loss'][16], loss.detach(), rtol=1e-4) and np.allclose(m['valid_acc'][16], acc)
+    acts = {}
+    net(d.x, acts=acts)
+    spectra = analyze.neuron_spectra(acts['neurons'].detach(), 11, *analyze.wave_solver(11, analyze.waves(11, d.classes, 11)[1]))
+    for name, row in spectra.items():
+        assert np.allclose(m[name][1], row, rtol=1e-3, atol=1e-6), name
     net.load_state_dict(ckpt['model'])
     for part, r in zip(('train', 'valid', 'test'), rows):
         loss, acc = task_losses(net(d.x[r]), d.y[r], d.classes)
@@ -556,6 +561,25 @@ def test_defaults_are_the_papers_run():
     assert auto.preset == ('paper' if torch.cuda.is_available() else 'fast')
     o, _ = train.resolve(dict(preset='fast', lr=0.5, device='cpu'))
     assert o.lr == 0.5 and o.optimizer == 'muon'  # a given option wins over the preset
+
+
+def test_precision():
+    """bfloat16 is near float32 and not the same; where a processor is slower at it, the fast recipe does without."""
+    loss = {k: make_run('--precision', k).forward(*make_run().parts[0])[0] for k in ('float32', 'tf32', 'bfloat16')}
+    assert torch.equal(loss['float32'], loss['tf32'])  # on a CPU
+    assert torch.allclose(loss['float32'], loss['bfloat16'], rtol=0.05) and not torch.equal(loss['float32'], loss['bfloat16'])
+
+
+def test_fast_recipe_avoids_slow_bfloat16(monkeypatch):
+    for slow, precision in [('float32', 'bfloat16'), ('bfloat16', 'float32')]:
+        monkeypatch.setattr(train, 'matmul_rate', lambda device, p: 1 if p == slow else 2)
+        assert train.resolve(dict(preset='fast', device='cpu'))[0].precision == precision
+
+
+def test_seeds():
+    a, b, c = make_run(), make_run('--seed', 1), make_run('--data_seed', 1)
+    assert torch.equal(a.split[0], b.split[0]) and not torch.equal(a.model.W_U, b.model.W_U) and not torch.equal(a.masks(9), b.masks(9))
+    assert torch.equal(a.model.W_U, c.model.W_U) and not torch.equal(a.split[0], c.split[0])
 
 
 def test_bench_prints_json(tmp_path):

@@ -27,7 +27,7 @@ import torch
 
 import analyze
 import data
-from model import Transformer, task_losses
+from model import Muon, Transformer, flop_per_row, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -145,41 +145,6 @@ def resolve(given):
     return dataclasses.replace(own, **{k: v for k, v in given.items() if k != 'preset'} | how), ckpt
 
 
-# ---------------------------------------------------------------------------------------------------- the optimiser
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for 2-D weights and stacks of them (the heads), each matrix by itself.
-
-    m <- mu m + (1 - mu) g ;  u <- mu m + (1 - mu) g ;  W <- (1 - lr decay) W - lr sqrt(max(1, rows/cols)) orth(u)
-    The same as torch.optim.Muon, which takes neither stacks nor a learning rate that lives on the device.
-    """
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, mu = group['lr'], group['momentum']
-            for w in group['params']:
-                if not self.state[w]:
-                    self.state[w]['momentum'] = torch.zeros_like(w)
-                m = self.state[w]['momentum']
-                m.lerp_(w.grad, 1 - mu)
-                u = orthogonalize(w.grad.lerp(m, mu)) * max(1, w.shape[-2] / w.shape[-1]) ** 0.5
-                w.mul_(1 - lr * group['weight_decay']).sub_(lr * u)
-
-
-def orthogonalize(G):
-    """The orthogonal matrix nearest to each matrix of G, roughly: five Newton-Schulz steps bring its singular values near 1."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
-
-
 # ---------------------------------------------------------------------------------------------------- one run
 
 class Run:
@@ -255,7 +220,7 @@ class Run:
         o, (x, y) = self.o, self.parts[0]
         loss, acc = self.measure(x, y, self.masks(len(x)))
         self.model.zero_grad()
-        (self.task_weight @ loss).backward()  # not autograd.grad: fused AdamW misreads gradients that are laid out otherwise than weights
+        (self.task_weight @ loss).backward()  # autograd.grad may lay gradients out otherwise than weights, which fused AdamW misreads
         grads = [w.grad for w in self.weights]
 
         with torch.no_grad():
@@ -525,11 +490,9 @@ def device_name(device):
 
 
 def gflop_per_epoch(o, classes):
-    """Counted work of one epoch: products at the last position, backward = 2 forward, validation forward only. Tables of
-    V rows, lookups and the optimiser are not counted."""
-    per_row = 2 * (o.d_model ** 2 + 2 * o.d_model * 4 * o.d_model + o.d_model * sum(classes))
+    """Counted work of one epoch: forward and backward (twice the forward) on the training rows, forward on validation."""
     train, valid, _ = data.split(o.p ** 2, o.train_frac)
-    return per_row * (3 * len(train) + len(valid)) / 1e9
+    return flop_per_row(o.d_model, sum(classes)) * (3 * len(train) + len(valid)) / 1e9
 
 
 def set_precision(device, precision):
