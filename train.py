@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ class Options:
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
     precision: str = opt('tf32', 'of matrix products; weights and loss are float32 always, and tf32 is float32 without CUDA',
                          choices=('float32', 'tf32', 'bfloat16'))
-    spectra_every: int = opt(0, 'record the spectra of all neurons every so many epochs, 0 = never', lo=0, hi=10**7)
+    spectra_every: int = opt(256, 'record the spectra of all neurons every so many epochs, 0 = never', lo=0, hi=10**7)
     snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
     preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
     device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
@@ -84,7 +85,7 @@ class Options:
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
 PRESETS = {
     'paper': {'miiii': {}, 'nanda': dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)},
-    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000),
+    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
@@ -191,7 +192,7 @@ class Run:
         self.spectra = {}
         if o.spectra_every:
             self.freqs, basis = analyze.waves(o.p, d.classes, d.stride)
-            self.solver = analyze.wave_solver(o.p, basis.to(self.device))
+            self.solver = [m.to(self.device) for m in analyze.wave_solver(o.p, basis)]
             B, n = len(self.freqs), -(-o.epochs // o.spectra_every)
             widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
             self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
@@ -434,8 +435,7 @@ def check_finite(run, rows, first):
 
 
 def hms(seconds):
-    m, s = divmod(round(seconds), 60)
-    return f'{m // 60}:{m % 60:02}:{s:02}' if m >= 60 else f'{m}:{s:02}'
+    return str(timedelta(seconds=round(seconds)))  # h:mm:ss
 
 
 def progress(run, row, rate):
