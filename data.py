@@ -44,7 +44,7 @@ def make(task, p, seed=0, device='cpu'):
     names = [f'(x0 + x1) mod {p}'] if task == 'nanda' else [f'n mod {q}' for q in classes]
     y = (x[:, 0] + stride * x[:, 1])[:, None] % torch.tensor(classes)
     if task == 'basis':
-        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 2 ** 32))]  # not the split's own permutation
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
     return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride)
 

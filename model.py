@@ -88,7 +88,7 @@ def task_losses(logits, y, classes):
 
 def flop_per_row(d_model, n_classes):
     """Floating-point operations of the forward pass for one example: the products by W_O, W_in, W_out and W_U. The tables of
-    V rows and their lookups are not counted; they would add some 6 % at p = 113, D = 256."""
+    V rows and their lookups are not counted; they would add some 6 % to an epoch at p = 113, D = 256."""
     return 2 * d_model * (d_model + 2 * 4 * d_model + n_classes)
 
 

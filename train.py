@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,8 +48,8 @@ class Options:
     task: str = opt('miiii', 'what to learn', choices=data.TASKS)
     p: int = opt(113, 'prime base; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
     train_frac: float = opt(0.3, 'share of the inputs to train on', lo=0, hi=1)
-    seed: int = opt(0, 'seed of initial weights and dropout', lo=0, hi=2**63 - 1)
-    data_seed: int = opt(0, 'seed of the split (and of the shuffle in basis)', lo=0, hi=2**63 - 1)
+    seed: int = opt(0, 'seed of initial weights and dropout', lo=0, hi=2**32 - 1)
+    data_seed: int = opt(0, 'seed of the split (and of the shuffle in basis)', lo=0, hi=2**32 - 1)
     d_model: int = opt(256, 'width D; the MLP has 4D neurons', lo=1, hi=2**14)
     n_heads: int = opt(4, 'attention heads; must divide d_model', lo=1, hi=2**14)
     dropout: float = opt(0.1, 'share of the residual stream dropped after each of the two adds', lo=0, hi=0.99)
@@ -88,21 +89,22 @@ PRESETS = {
     'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
+VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Refusal(message)
+def refuse(message):
+    raise Refusal(message)
 
 
 def parse(argv):
     """Command line -> the options given there, by name. Raises Refusal."""
     recipes = '\n'.join(f'  {name:5s} {task:5s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
                         for name, tasks in PRESETS.items() for task, o in tasks.items())
-    parser = Parser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}',
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}',
                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse  # instead of usage and two lines
     fields = {'--' + f.name: f for f in dataclasses.fields(Options)}
     for flag, f in fields.items():
         kind = dict(action='store_true') if f.type is bool else dict(type=f.type, choices=f.metadata.get('choices'))
@@ -120,18 +122,16 @@ def resolve(given):
     task, device, preset = given.get('task', 'miiii'), given.get('device', 'auto'), given.get('preset', 'auto')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = str(torch.device(device))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise Refusal(f'device {device} is not available here: {str(e).splitlines()[0]}')
+    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
+        raise Refusal(f'device {device} is not available here: choose from auto, cpu, cuda, cuda:N')
     if preset == 'auto':
         preset = 'paper' if device.startswith('cuda') else 'fast'
     how = dict(device=device, out=given.get('out') or f'out/{task}')
     if not given.get('resume'):
         recipe = dict(PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'])
-        if recipe.get('precision') == 'bfloat16' and matmul_rate(device, 'bfloat16') < matmul_rate(device, 'float32'):
-            recipe['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
+        if device == 'cpu' and recipe.get('precision') == 'bfloat16' and 'precision' not in given:
+            if matmul_rate(device, 'bfloat16') < 0.7 * matmul_rate(device, 'float32'):
+                recipe['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
         return Options(**recipe | given | how | dict(preset=preset)), None
     ckpt = load(Path(how['out']) / 'ckpt.pt')
     try:
@@ -155,6 +155,8 @@ class Run:
         self.o, self.device = o, torch.device(o.device)
         self.cuda = self.device.type == 'cuda'
         self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
+        if self.cuda:
+            torch.cuda.set_device(self.device)
         set_precision(o.device, o.precision)
         torch.manual_seed(o.seed)
         try:
@@ -189,11 +191,11 @@ class Run:
         per_task = ('train_loss', 'train_acc', 'valid_loss', 'valid_acc')  # the records: preallocated, written without a sync
         widths = dict.fromkeys(per_task, len(d.classes)) | dict(grad_norm=len(named))
         self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
-        self.spectra = {}
+        self.spectra, self.solver, self.snapshots = {}, None, {}
         if o.spectra_every:
-            self.freqs, basis = analyze.waves(o.p, d.classes, d.stride)
-            self.solver = [m.to(self.device) for m in analyze.wave_solver(o.p, basis)]
-            B, n = len(self.freqs), -(-o.epochs // o.spectra_every)
+            B, n = sum(q // 2 for q in d.classes), -(-o.epochs // o.spectra_every)
+            if 16 * B * o.p ** 2 > 2e9:
+                raise Refusal(f'the spectra at p = {o.p} need {48e-9 * B * o.p ** 2:.0f} GB; --spectra_every 0 does without')
             widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
             self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
         if ckpt:
@@ -246,6 +248,9 @@ class Run:
     @torch.no_grad()
     def record_spectra(self):
         """The spectra of all neurons over all p^2 inputs, at the weights before the next update."""
+        if self.solver is None:
+            basis = analyze.waves(self.o.p, self.data.classes, self.data.stride)
+            self.solver = [m.to(self.device) for m in analyze.wave_solver(self.o.p, basis)]
         acts = {}
         with self.autocast():
             self.model(self.data.x, acts=acts)
@@ -282,10 +287,11 @@ class Run:
 
     # from here on: files
 
-    def snapshot_due(self):
-        """Log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
+    def snapshot(self):
+        """Copy the weights on the device at log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
         e, s = self.epoch, self.o.snapshots
-        return s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s)))
+        if s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s))):
+            self.snapshots[e] = {n: w.detach().clone() for n, w in zip(self.names, self.weights)}
 
     def records(self):
         """The content of metrics.npz: everything recorded so far, by name."""
@@ -293,45 +299,55 @@ class Run:
         out |= {k: v[:self.epoch].cpu().numpy() for k, v in self.metrics.items()}
         if self.o.spectra_every:
             epochs = np.arange(0, self.epoch, self.o.spectra_every)
-            out |= dict(spectra_epoch=epochs, freqs=self.freqs.numpy())
+            out |= dict(spectra_epoch=epochs, freqs=analyze.wave_freqs(self.data.classes).numpy())
             out |= {k: v[:len(epochs)].cpu().numpy() for k, v in self.spectra.items()}
         return out
 
     def save(self):
-        """metrics.npz, then ckpt.pt: whatever happens in between, there are records up to the checkpoint."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **self.records())
-        write(Path(self.o.out, 'metrics.npz'), buffer.getvalue())
-        write_pt(Path(self.o.out, 'ckpt.pt'), dict(
+        """Snapshots, metrics.npz, then ckpt.pt: whatever happens in between, there are records up to the checkpoint."""
+        for epoch, weights in self.snapshots.items():
+            write(Path(self.o.out, 'snapshots', f'{epoch:08}.pt'), dict(model=weights, step=epoch))
+        self.snapshots.clear()
+        if self.epoch:
+            np.savez(buffer := io.BytesIO(), **self.records())
+            write(Path(self.o.out, 'metrics.npz'), buffer.getvalue())
+        write(Path(self.o.out, 'ckpt.pt'), dict(
             model=self.model.state_dict(), optimizer=[x.state_dict() for x in self.optimizers],
             filter=dict(zip(self.names, self.filter)), step=self.epoch,
             rng=dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(self.device) if self.cuda else None),
-            config=dataclasses.asdict(self.o), versions=versions(), wall_s=self.wall_s))
+            config=dataclasses.asdict(self.o), versions=VERSIONS, wall_s=self.wall_s))
 
     def restore(self, ckpt):
         """The state that `save` wrote. Raises Refusal if it does not fit."""
         try:
             self.model.load_state_dict(ckpt['model'])
-            for optimizer, state in zip(self.optimizers, ckpt['optimizer'], strict=True):
-                optimizer.load_state_dict(state)
-            for m, name in zip(self.filter, self.names):
-                m.copy_(ckpt['filter'][name])
-            self.epoch, self.wall_s = ckpt['step'], ckpt['wall_s']
+            self.epoch, self.wall_s = int(ckpt['step']), float(ckpt['wall_s'])
             self.t.fill_(self.epoch)
+            for optimizer, old in zip(self.optimizers, ckpt['optimizer'], strict=True):
+                optimizer.load_state_dict(dict(old, param_groups=optimizer.state_dict()['param_groups']))  # keeps our rates, on our device
+                for w in optimizer.param_groups[0]['params'] if self.epoch else []:
+                    if not optimizer.state[w] or any(v.shape not in (w.shape, ()) for v in optimizer.state[w].values()):
+                        raise ValueError('the optimiser state is not that of these weights')
+            for m, name in zip(self.filter, self.names):
+                m.copy_(ckpt['filter'][name].view(m.shape))
             torch.set_rng_state(ckpt['rng']['cpu'])
             if self.cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], self.device)
-            with np.load(Path(self.o.out, 'metrics.npz')) as old:
-                for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
-                    for name, buffer in buffers.items():
-                        buffer = buffer[:-(-self.epoch // every)]
-                        buffer.copy_(torch.from_numpy(old[name][:len(buffer)]).view(buffer.shape))
+            records = np.load(Path(self.o.out, 'metrics.npz')) if self.epoch else {}
+            for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
+                for name, buffer in buffers.items() if self.epoch else ():
+                    buffer = buffer[:-(-self.epoch // every)]
+                    buffer.copy_(torch.from_numpy(records[name][:len(buffer)]).view(buffer.shape))
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
-            raise Refusal(f'cannot resume from {self.o.out}: {str(e).splitlines()[0]} ({type(e).__name__})')
+            raise Refusal(f'cannot resume from {self.o.out}: {" ".join(repr(e).split())[:200]}')
 
 
 def write(path, content):
-    """Bytes to a file, whole or not at all: written beside, synced, renamed. Raises Refusal if the disk does not take it."""
+    """Bytes, or a dict by torch.save, to a file, whole or not at all: written beside, synced, renamed. Raises Refusal if the
+    disk does not take it."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
     beside = path.with_name(path.name + '.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,26 +362,18 @@ def write(path, content):
         raise Refusal(f'cannot write {path}: {e.strerror}; what was saved before is kept')
 
 
-def write_pt(path, content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(path, buffer.getvalue())
-
-
 def load(path):
     """A checkpoint: tensors and plain values only, nothing in it is executed. Raises Refusal."""
     if not path.exists():
         raise Refusal(f'nothing to resume: there is no {path}')
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        assert {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys()
+        if damaged or not {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys():
+            raise ValueError
     except Exception as e:  # torch raises a dozen types here
         raise Refusal(f'{path} is truncated, corrupt or not a checkpoint of this program ({type(e).__name__})')
     return ckpt
-
-
-def versions():
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -375,77 +383,80 @@ LINE_EVERY = 30  # seconds between progress lines where they cannot be rewritten
 
 
 def train(run):
-    """From run.epoch to the last epoch. Returns the signal that stopped it early, if one did."""
+    """From run.epoch to the last epoch, then a save. Returns the signal that stopped it early, if one did."""
     o, signals = run.o, []
 
     def on_signal(number, _):
         if signals:
             os._exit(128 + number)
         signals.append(number)
-        print('\nsaving after this epoch; once more to leave at once', flush=True)
+        os.write(2, b'\nsaving after this epoch; once more to leave at once\n')
 
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    step, record_spectra, snapshots = run.captured(run.step), run.captured(run.record_spectra), {}
+    step, record_spectra = run.captured(run.step), run.captured(run.record_spectra)
     began = line_at = saved_at = time.perf_counter()
-    wall_before, save_cost, chunk, rate = run.wall_s, 0.0, 1, 0.0
+    wall_before, save_cost, chunk, rate, row = run.wall_s, 0.0, 1, 0.0, None
+    try:
+        while run.epoch < o.epochs and not signals:
+            first, chunk_began = run.epoch, time.perf_counter()
+            while run.epoch < min(first + chunk, o.epochs) and not signals:
+                run.snapshot()
+                if o.spectra_every and run.epoch % o.spectra_every == 0:
+                    record_spectra()
+                step()
+                run.epoch += 1
 
-    while run.epoch < o.epochs and not signals:
-        first, chunk_began = run.epoch, time.perf_counter()
-        while run.epoch < min(first + chunk, o.epochs) and not signals:
-            if run.snapshot_due():
-                snapshots[run.epoch] = {n: w.detach().clone() for n, w in zip(run.names, run.weights)}
-            if o.spectra_every and run.epoch % o.spectra_every == 0:
-                record_spectra()
-            step()
-            run.epoch += 1
-
-        # from here on: the host looks, about once a second
-        rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1).cpu()  # the only sync
-        now = time.perf_counter()
-        speed, done = (run.epoch - first) / (now - chunk_began), run.epoch == o.epochs or bool(signals)
-        rate = 0.8 * rate + 0.2 * speed if rate else speed
-        chunk = max(1, min(2 * chunk, int(speed)))  # about a second's worth
-        run.wall_s = wall_before + now - began
-        check_finite(run, rows, first)
-        if sys.stdout.isatty() or done or now - line_at > LINE_EVERY:
-            line_at = now
-            progress(run, rows[-1], rate)
-        if done or now - saved_at > max(SAVE_EVERY, 20 * save_cost):
-            for epoch, weights in snapshots.items():
-                write_pt(Path(o.out, 'snapshots', f'{epoch:08}.pt'), dict(model=weights, step=epoch))
-            snapshots.clear()
+            # from here on: the host looks, about once a second
+            row = check_finite(run, first)
+            now = time.perf_counter()
+            speed = (run.epoch - first) / (now - chunk_began)
+            rate = 0.8 * rate + 0.2 * speed if rate else speed
+            chunk = max(1, min(2 * chunk, int(speed)))
+            run.wall_s = wall_before + now - began
+            if sys.stdout.isatty() or now - line_at > LINE_EVERY:
+                line_at = now
+                progress(run, row, rate)
+            if now - saved_at > max(SAVE_EVERY, 20 * save_cost):
+                run.save()
+                saved_at, save_cost = time.perf_counter(), time.perf_counter() - now
+        if row is not None:
+            progress(run, row, rate, end='\n')
+            run.snapshot()
             run.save()
-            saved_at, save_cost = time.perf_counter(), time.perf_counter() - now
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
     return signals[0] if signals else None
 
 
-def check_finite(run, rows, first):
-    """Raises Refusal naming epoch and task if a loss, gradient or weight is not finite. Comes before any save."""
-    Q, bad = len(run.data.classes), (~rows.isfinite()).nonzero()
-    if len(bad):
-        epoch, column = first + int(bad[0, 0]), int(bad[0, 1])
-        what = f'the loss of {run.data.names[column % Q]}' if column < 4 * Q else f'the gradient of {run.names[column - 4 * Q]}'
-    elif not all(w.isfinite().all() for w in run.weights):
-        epoch, what = run.epoch, 'a weight'
-    else:
-        return
-    raise Refusal(f'{what} is not finite at epoch {epoch}; stopped, the last good checkpoint in {run.o.out} is kept')
+def check_finite(run, first):
+    """The newest row of the records, on the host, by the loop's only sync. Raises Refusal naming epoch and task if a loss,
+    gradient or weight since epoch `first` is not finite; nothing is saved then."""
+    rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1)
+    flat = torch.cat([rows.flatten()] + [w.detach().sum()[None] for w in run.weights]).cpu()
+    rows, sums = flat[:rows.numel()].view(rows.shape), flat[rows.numel():]
+    columns = [f'the loss of {n}' for n in run.data.names] * 4 + [f'the gradient of {n}' for n in run.names]
+    bad = [(first + i, columns[j]) for i, j in (~rows.isfinite()).nonzero()[:1].tolist()]
+    bad += [(run.epoch, f'the weight {n}') for n, ok in zip(run.names, sums.isfinite()) if not ok]
+    if bad:
+        raise Refusal(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; stopped, the last good checkpoint in {run.o.out} is kept')
+    return rows[-1]
 
 
 def hms(seconds):
-    return str(timedelta(seconds=round(seconds)))  # h:mm:ss
+    return str(timedelta(seconds=round(seconds)))
 
 
-def progress(run, row, rate):
-    o, Q, tty = run.o, len(run.data.classes), sys.stdout.isatty()
+def progress(run, row, rate, end=''):
+    """One line, rewritten in place on a terminal, a line of its own in a log."""
+    o, Q = run.o, len(run.data.classes)
     acc = row[3 * Q:4 * Q]
     line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  {rate:.3g} epochs/s  ETA {hms((o.epochs - run.epoch) / rate)}  '
             f'validation mean {acc.mean():.3f} worst {acc.min():.3f}  grokked {(acc >= 0.99).sum()}/{Q}')
-    if tty:
-        line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
-    print(line, end='' if tty and run.epoch < o.epochs else '\n', flush=True)
+    if sys.stdout.isatty():
+        print('\r\033[K' + line[:shutil.get_terminal_size().columns - 1], end=end, flush=True)
+    else:
+        print(line, flush=True)
 
 
 def grok_epochs(valid_acc, final):
@@ -467,9 +478,7 @@ def finish(run):
             task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
         tasks.append(task)
     summary = dict(tasks=tasks, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
-                   epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=versions(), config=dataclasses.asdict(o))
-    if run.snapshot_due():
-        write_pt(Path(o.out, 'snapshots', f'{run.epoch:08}.pt'), dict(model=run.model.state_dict(), step=run.epoch))
+                   epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=VERSIONS, config=dataclasses.asdict(o))
     write(Path(o.out, 'summary.json'), json.dumps(summary, indent=1).encode())
 
     print(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} {"for good":>9s}')
@@ -556,19 +565,22 @@ def main(argv):
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
     if o.bench:
         return bench(run)
-    other = 'fast' if o.preset == 'paper' else 'paper'
-    why = 'as asked' if given.get('preset', 'auto') != 'auto' else 'resumed' if o.resume else f'the default {"with" if o.preset == "paper" else "without"} CUDA'
-    o2, _ = resolve({k: v for k, v in given.items() if k != 'resume'} | dict(preset=other))
-    command = ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'resume', 'out')] + [f'--preset {other}'])
-    seconds = gflop_per_epoch(o2, run.data.classes) * o2.epochs / matmul_rate(o2.device, o2.precision) * 2
-    set_precision(o.device, o.precision)
-    print(f'preset {o.preset} ({why}): {o.optimizer}, {o.precision}, {o.epochs:,} epochs; the other: python train.py {command}, roughly {hms(seconds)} here')
+    if o.resume:
+        print(f'resumed at epoch {run.epoch:,} of {o.epochs:,}: preset {o.preset}, {o.optimizer}, {o.precision}')
+    else:
+        other = 'fast' if o.preset == 'paper' else 'paper'
+        o2, _ = resolve(given | dict(preset=other))
+        seconds = o2.epochs * max(2e-3, 2 * gflop_per_epoch(o2, run.data.classes) / matmul_rate(o2.device, o2.precision))
+        set_precision(o.device, o.precision)
+        why = 'as asked' if given.get('preset', 'auto') != 'auto' else f'the default {"with" if run.cuda else "without"} CUDA'
+        print(f'preset {o.preset} ({why}): {o.optimizer}, {o.precision}, {o.epochs:,} epochs; the other, roughly {hms(seconds)} here: python train.py '
+              + ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')] + [f'--preset {other} --out {o.out}-{other}']))
     with torch.no_grad():
         loss, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
 
     if not ckpt:
-        run.save()  # a full or read-only disk shows itself now
+        run.save()  # a full or read-only disk shows itself before any work is done
     stopped_by = train(run)
     if stopped_by:
         print(f'saved at epoch {run.epoch:,}; go on with: python train.py --resume --out {o.out}')
@@ -581,6 +593,9 @@ if __name__ == '__main__':
         sys.exit(main(sys.argv[1:]))
     except Refusal as e:
         print(f'train.py: error: {e}', file=sys.stderr)
+        sys.exit(2)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+        print(f'train.py: error: {" ".join(repr(e).split())[:300]}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first epoch or after the last: nothing is lost
         sys.exit(130)
