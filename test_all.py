@@ -651,6 +651,6 @@ def test_help_explains_every_option():
 
 def test_it_groks(tmp_path):
     """The real thing, small: trained on half of the sums mod 31, the network is right on every pair it never saw."""
-    done = cli(*'--task nanda --p 31 --d_model 64 --train_frac 0.5 --epochs 400 --preset fast --precision float32 --device cpu --out'.split(), tmp_path)
+    done = cli(*'--task nanda --p 31 --d_model 64 --train_frac 0.5 --epochs 600 --preset fast --precision float32 --device cpu --out'.split(), tmp_path)
     task, = json.loads((tmp_path / 'summary.json').read_text())['tasks']
-    assert task['valid_acc'] == 1 and task['test_acc'] == 1 and 50 < task['grok_epoch'] < 400, done.stdout
+    assert task['valid_acc'] == 1 and task['test_acc'] == 1 and 50 < task['grok_epoch'] < 600, done.stdout
