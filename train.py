@@ -1,9 +1,12 @@
 """Train a one-layer transformer on modular arithmetic, full batch, until it groks. One run, one folder.
 
-    python train.py                          # 29 tasks at once, p = 113: the paper's run with a GPU, a fast recipe without
-    python train.py --task nanda             # modular addition
-    python train.py --resume --out out/miiii # go on where a run stopped
-    python train.py --bench 50               # how fast, and how close to the matrix-product limit
+    python train.py                           # 29 tasks at once, p = 113: the paper's run with a GPU, a fast recipe without
+    python train.py --task nanda              # modular addition
+    python train.py --resume --out out/miiii  # go on where a run stopped
+    python train.py --bench 50                # how fast, and how close to the matrix-product limit
+
+Without a GPU the first ends after 7 to 8 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
+accuracy of .995 to .997 (3 seeds), the second after 23 seconds at 1.0 (3 seeds). On a GPU: not run yet.
 """
 import argparse
 import contextlib
@@ -591,11 +594,9 @@ def main(argv):
 if __name__ == '__main__':
     try:
         sys.exit(main(sys.argv[1:]))
-    except Refusal as e:
-        print(f'train.py: error: {e}', file=sys.stderr)
-        sys.exit(2)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        print(f'train.py: error: {" ".join(repr(e).split())[:300]}', file=sys.stderr)
+    except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        text = str(e) if isinstance(e, Refusal) else ' '.join(repr(e).split())[:300]
+        print('\n' * sys.stdout.isatty() + f'train.py: error: {text}', file=sys.stderr)  # not behind a progress line
         sys.exit(2)
     except KeyboardInterrupt:  # before the first epoch or after the last: nothing is lost
         sys.exit(130)
