@@ -43,7 +43,7 @@ class Transformer(nn.Module):
         rows per position. Each example looks its rows up by a product with a one-hot matrix, whose gradient is a product
         too: deterministic, and no slower than a gather with its scattered adds.
         """
-        p, (H, D, K) = self.p, self.W_Q.shape
+        p, (H, _, K) = self.p, self.W_Q.shape
         N, O = len(x), len(self.W_E) - p
         tok = self.W_E + self.W_pos[:, None]                               # T V D, every token at every position
         q = torch.einsum('od,hdk->ohk', tok[2, p:], self.W_Q)              # O H K, the last token is an operation

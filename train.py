@@ -105,8 +105,8 @@ def parse(argv):
     recipes = '\n'.join(f'  {name:5s} {task:5s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
                         for name, tasks in PRESETS.items() for task, o in tasks.items())
     parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}',
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # instead of usage and two lines
     fields = {'--' + f.name: f for f in dataclasses.fields(Options)}
     for flag, f in fields.items():
@@ -125,8 +125,9 @@ def resolve(given):
     task, device, preset = given.get('task', 'miiii'), given.get('device', 'auto'), given.get('preset', 'auto')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device != 'cpu' and not (device.startswith('cuda') and torch.cuda.is_available()):
-        raise Refusal(f'device {device} is not available here: choose from auto, cpu, cuda, cuda:N')
+    here = ['cpu'] + ['cuda'] * torch.cuda.is_available() + [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    if device not in here:
+        raise Refusal(f'device {device} is not available, here is {", ".join(here)}')
     if preset == 'auto':
         preset = 'paper' if device.startswith('cuda') else 'fast'
     how = dict(device=device, out=given.get('out') or f'out/{task}')
@@ -158,7 +159,7 @@ class Run:
         self.o, self.device = o, torch.device(o.device)
         self.cuda = self.device.type == 'cuda'
         self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
-        if self.cuda:
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)
         set_precision(o.device, o.precision)
         torch.manual_seed(o.seed)
