@@ -564,7 +564,8 @@ def test_bad_checkpoints(tmp_path):
 
 def test_no_place_to_write(tmp_path):
     (tmp_path / 'file').write_text('in the way')
-    assert 'cannot write' in refused(*TINY, '--epochs', 5, '--out', tmp_path / 'file')
+    assert 'is not a folder' in refused(*TINY, '--epochs', 5, '--out', tmp_path / 'file')
+    assert 'cannot write' in refused(*TINY, '--epochs', 5, '--out', tmp_path / 'file' / 'below')
     assert (tmp_path / 'file').read_text() == 'in the way'
 
 

@@ -4,6 +4,7 @@
     python train.py --task nanda              # modular addition
     python train.py --resume --out out/miiii  # go on where a run stopped
     python train.py --bench 50                # how fast, and how close to the matrix-product limit
+    python train.py --help                    # every option with the paper's value; at its end what each preset changes
 
 Without a GPU the first ends after 7 to 8.5 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
 accuracy of .995 to .997 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -145,8 +147,8 @@ def resolve(given):
     differ = [k for k, v in given.items() if k not in HOW and (k, v) != ('preset', 'auto') and v != getattr(own, k)
               and not (k == 'epochs' and v > own.epochs)]
     if differ:
-        raise Refusal('the run to resume disagrees: ' + ', '.join(f'{k} is {getattr(own, k)} there, {given[k]} here' for k in differ)
-                      + f'; leave the option out, or choose another --out than {how["out"]}')
+        raise Refusal('the run to resume disagrees (only epochs may grow): ' + ', '.join(f'{k} is {getattr(own, k)} there, {given[k]} here' for k in differ)
+                      + '; leave the option out, or start anew in another --out')
     return dataclasses.replace(own, **{k: v for k, v in given.items() if k != 'preset'} | how), ckpt
 
 
@@ -343,7 +345,7 @@ class Run:
                     buffer = buffer[:-(-self.epoch // every)]
                     buffer.copy_(torch.from_numpy(records[name][:len(buffer)]).view(buffer.shape))
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
-            raise Refusal(f'cannot resume from {self.o.out}: {" ".join(repr(e).split())[:200]}')
+            raise Refusal(f'cannot resume: ckpt.pt or metrics.npz in {self.o.out} is damaged, missing or of another program: {" ".join(repr(e).split())[:150]}')
 
 
 def write(path, content):
@@ -363,7 +365,7 @@ def write(path, content):
     except OSError as e:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise Refusal(f'cannot write {path}: {e.strerror}; what was saved before is kept')
+        raise Refusal(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
 
 
 def load(path):
@@ -398,8 +400,8 @@ def train(run):
 
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     step, record_spectra = run.captured(run.step), run.captured(run.record_spectra)
-    began = line_at = saved_at = time.perf_counter()
-    wall_before, save_cost, chunk, rate, row = run.wall_s, 0.0, 1, 0.0, None
+    began = saved_at = time.perf_counter()
+    line_at, wall_before, save_cost, chunk, rate, row = -math.inf, run.wall_s, 0.0, 1, 0.0, None
     try:
         while run.epoch < o.epochs and not signals:
             first, chunk_began = run.epoch, time.perf_counter()
@@ -443,7 +445,8 @@ def check_finite(run, first):
     bad = [(first + i, columns[j]) for i, j in (~rows.isfinite()).nonzero()[:1].tolist()]
     bad += [(run.epoch, f'the weight {n}') for n, ok in zip(run.names, sums.isfinite()) if not ok]
     if bad:
-        raise Refusal(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; stopped, the last good checkpoint in {run.o.out} is kept')
+        raise Refusal(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; the last good checkpoint in {run.o.out} is kept; '
+                      'start anew in another --out with a lower --lr or --muon_lr')
     return rows[-1]
 
 
@@ -455,8 +458,8 @@ def progress(run, row, rate, end=''):
     """One line, rewritten in place on a terminal, a line of its own in a log."""
     o, Q = run.o, len(run.data.classes)
     acc = row[3 * Q:4 * Q]
-    line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  {rate:.3g} epochs/s  ETA {hms((o.epochs - run.epoch) / rate)}  '
-            f'validation mean {acc.mean():.3f} worst {acc.min():.3f}  grokked {(acc >= 0.99).sum()}/{Q}')
+    line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  ETA {hms((o.epochs - run.epoch) / rate)}  grokked {(acc >= 0.99).sum()}/{Q}  '
+            f'valid mean {acc.mean():.3f} worst {acc.min():.3f}  {rate:.3g} epochs/s')
     if sys.stdout.isatty():
         print('\r\033[K' + line[:shutil.get_terminal_size().columns - 1], end=end, flush=True)
     else:
@@ -559,35 +562,41 @@ def main(argv):
         libc = ctypes.CDLL(None)                                   # page by page, in every epoch; keeping them saves a quarter of the time
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)           # M_MMAP_MAX, M_TRIM_THRESHOLD
     o, ckpt = resolve(given)
-    folder = Path(o.out)
+    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 5) if o.bench else o, ckpt), Path(o.out)  # room for the records
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f'{folder} is not a folder')
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
         raise Refusal(f'{folder} holds a run; go on with it by --resume, or choose another folder by --out')
-    run = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 5) if o.bench else o, ckpt)  # room for the records
 
     params, device = sum(w.numel() for w in run.weights), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
     if o.bench:
         return bench(run)
+    recipe = f'{o.optimizer}, {"float32" if o.precision == "tf32" and not run.cuda else o.precision}, {o.epochs:,} epochs'
     if o.resume:
-        print(f'resumed at epoch {run.epoch:,} of {o.epochs:,}: preset {o.preset}, {o.optimizer}, {o.precision}')
+        print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {recipe}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
     else:
         other = 'fast' if o.preset == 'paper' else 'paper'
         o2, _ = resolve(given | dict(preset=other))
         seconds = o2.epochs * max(2e-3, 2 * gflop_per_epoch(o2, run.data.classes) / matmul_rate(o2.device, o2.precision))
         set_precision(o.device, o.precision)
         why = 'as asked' if given.get('preset', 'auto') != 'auto' else f'the default {"with" if run.cuda else "without"} CUDA'
-        print(f'preset {o.preset} ({why}): {o.optimizer}, {o.precision}, {o.epochs:,} epochs; the other, roughly {hms(seconds)} here: python train.py '
-              + ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')] + [f'--preset {other} --out {o.out}-{other}']))
+        about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
+        print(f'preset {o.preset} ({why}): {recipe}; the other, some {about} here: python train.py '
+              + ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')]
+                         + [f'--preset {other} --out', shlex.quote(f'{o.out}-{other}')]))
     with torch.no_grad():
         loss, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
 
     if not ckpt:
         run.save()  # a full or read-only disk shows itself before any work is done
+    if run.epoch < o.epochs:
+        (folder / 'summary.json').unlink(missing_ok=True)  # of a shorter run
     stopped_by = train(run)
     if stopped_by:
-        print(f'saved at epoch {run.epoch:,}; go on with: python train.py --resume --out {o.out}')
+        print(f'saved at epoch {run.epoch:,}; go on with: python train.py --resume --out {shlex.quote(o.out)}')
         return 128 + stopped_by
     finish(run)
 
