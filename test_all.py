@@ -454,7 +454,7 @@ def test_second_signal_leaves_at_once(tmp_path):
 
 
 def test_kill_at_any_write_leaves_a_run_that_goes_on(tmp_path):
-    """The process dies by SIGKILL at the n-th sync or rename of its life, with a save in every look of the host."""
+    """The process dies by SIGKILL at the n-th sync or rename of its life: at its start, or when it saves over a checkpoint."""
     deadly = '''
 import os, sys, train
 left = int(sys.argv.pop(1))
@@ -467,23 +467,26 @@ def deadly(real):
         return real(*args)
     return call
 os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-train.SAVE_EVERY = -1
-real, train.Run.save = train.Run.save, lambda run: (setattr(train, 'time', Still), real(run))
-class Still:  # time stands still, so that no save counts as expensive
-    perf_counter = staticmethod(iter(range(10**9)).__next__)
 sys.exit(train.main(sys.argv[1:]))
 '''
-    args, env = [*TINY, '--epochs', '12', '--snapshots', '1', '--spectra_every', '5'], os.environ | dict(PYTHONPATH=str(HERE))
-    assert cli(*args, '--out', tmp_path / 'straight').returncode == 0
-    for n in (0, 1, 2, 3, 5, 8, 11, 14):
-        out = tmp_path / str(n)
-        p = subprocess.run([sys.executable, '-c', deadly, str(n), *args, '--out', str(out)], env=env, capture_output=True, text=True)
+    args, env = [*TINY, '--decay_from', '1', '--snapshots', '1', '--spectra_every', '5'], os.environ | dict(PYTHONPATH=str(HERE))
+
+    def die(n, *args):
+        p = subprocess.run([sys.executable, '-c', deadly, str(n), *args], env=env, capture_output=True, text=True)
         assert p.returncode == -9, p.stderr
-        if (out / 'ckpt.pt').exists():
-            assert not train.main(['--resume', '--out', str(out)])
-        else:
-            assert n < 2 and not train.main([*args, '--out', str(out)])
-        same_run(tmp_path / 'straight', out)
+
+    straight, half, out = (str(tmp_path / name) for name in ('straight', 'half', 'out'))
+    assert not train.main([*args, '--epochs', '12', '--out', straight]) and not train.main([*args, '--epochs', '6', '--out', half])
+    for n in range(2):  # before there is a checkpoint, the folder is free
+        die(n, *args, '--epochs', '12', '--out', out)
+        assert not Path(out, 'ckpt.pt').exists()
+    for n in range(8):  # snapshot, metrics, checkpoint, summary: a sync and a rename each
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(half, out)
+        die(n, '--resume', '--epochs', '12', '--out', out)
+        assert not train.main(['--resume', '--epochs', '12', '--out', out])
+        same_run(straight, out)
+        assert Path(out, 'summary.json').exists()
 
 
 def test_progress_is_one_line_rewritten_on_a_terminal_and_plain_lines_in_a_log(tmp_path):

@@ -160,6 +160,7 @@ class Run:
     def __init__(self, o, ckpt=None):
         self.o, self.device = o, torch.device(o.device)
         self.cuda = self.device.type == 'cuda'
+        self.products = 'float32' if o.precision == 'tf32' and not self.cuda else o.precision  # what the name comes to here
         self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
@@ -238,7 +239,7 @@ class Run:
             for record, row in zip(self.metrics.values(), (loss, acc, valid_loss, valid_acc, norms)):
                 record.index_copy_(0, self.t, row[None])
 
-        if o.lamb:  # the gradient filter (Lee et al. 2024, algorithm 1): m <- alpha m + (1-alpha) g ;  g <- g + lamb m
+        if o.lamb:  # the gradient filter (Grokfast-EMA, Lee et al. 2024): m <- alpha m + (1-alpha) g ;  g <- g + lamb m
             for g, m in zip(grads, self.filter):
                 m.lerp_(g, 1 - o.alpha)
                 g.add_(m, alpha=o.lamb)
@@ -339,11 +340,12 @@ class Run:
             torch.set_rng_state(ckpt['rng']['cpu'])
             if self.cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], self.device)
-            records = np.load(Path(self.o.out, 'metrics.npz')) if self.epoch else {}
-            for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
-                for name, buffer in buffers.items() if self.epoch else ():
-                    buffer = buffer[:-(-self.epoch // every)]
-                    buffer.copy_(torch.from_numpy(records[name][:len(buffer)]).view(buffer.shape))
+            if self.epoch:
+                records = np.load(io.BytesIO(Path(self.o.out, 'metrics.npz').read_bytes()))
+                for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
+                    for name, buffer in buffers.items():
+                        buffer = buffer[:-(-self.epoch // every)]
+                        buffer.copy_(torch.from_numpy(records[name][:len(buffer)]).view(buffer.shape))
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
             raise Refusal(f'cannot resume: ckpt.pt or metrics.npz in {self.o.out} is damaged, missing or of another program: {" ".join(repr(e).split())[:150]}')
 
@@ -551,7 +553,7 @@ def bench(run):
     work, limit = gflop_per_epoch(o, run.data.classes), matmul_rate(o.device, o.precision)
     result = dict(ms_per_epoch=seconds * 1e3, epochs_per_s=1 / seconds, gflop_per_epoch=work, gflops=work / seconds,
                   matmul_gflops=limit, share=work / seconds / limit, device=device_name(o.device))
-    print(f'{o.bench} epochs, {o.precision}: {seconds * 1e3:.4g} ms each, {1 / seconds:.4g} per second; {work:.4g} GFLOP counted per epoch,')
+    print(f'{o.bench} epochs, {run.products}: {seconds * 1e3:.4g} ms each, {1 / seconds:.4g} per second; {work:.4g} GFLOP counted per epoch,')
     print(f'{work / seconds:.4g} GFLOP/s, {work / seconds / limit:.0%} of the {limit:.4g} GFLOP/s of a plain matrix product')
     print(json.dumps(result))
 
@@ -573,7 +575,7 @@ def main(argv):
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
     if o.bench:
         return bench(run)
-    recipe = f'{o.optimizer}, {"float32" if o.precision == "tf32" and not run.cuda else o.precision}, {o.epochs:,} epochs'
+    recipe = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs'
     if o.resume:
         print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {recipe}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
     else:
