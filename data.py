@@ -1,7 +1,13 @@
 """Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment, nothing downloaded or stored.
 
 Row n of every table is the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p).
+At the end: how the scripts write and load the files of a run, and how they report what the user can mend.
 """
+import contextlib
+import io
+import os
+import sys
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -61,3 +67,60 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
         raise ValueError(f'train_frac {train_frac} of {n_rows} rows leaves a part of the split empty')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
+
+
+# ---------------------------------------------------------------------------------------------------- files and faults
+
+class Refusal(Exception):
+    """Something the user can mend: reported in one line, exit code 2."""
+
+
+def refuse(message):
+    raise Refusal(message)
+
+
+def write(path, content):
+    """Bytes, or a dict by torch.save, to a file, whole or not at all: written beside, synced, renamed. Raises Refusal if the
+    disk does not take it."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise Refusal(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
+
+
+def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions')):
+    """A checkpoint, or a snapshot: tensors and plain values only, nothing in it is executed. Raises Refusal if it is not
+    there, not whole, or without one of `keys`."""
+    if not path.exists():
+        raise Refusal(f'there is no {path}')
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        if damaged or not set(keys) <= content.keys():
+            raise ValueError
+    except Exception as e:  # torch raises a dozen types here
+        raise Refusal(f'{path} is truncated, corrupt or not of this program ({type(e).__name__})')
+    return content
+
+
+def run_script(main):
+    """Exit with what main(arguments) returns; what the user can mend ends in one line and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        text = str(e) if isinstance(e, Refusal) else ' '.join(repr(e).split())[:300]
+        print('\n' * sys.stdout.isatty() + f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)  # not behind a progress line
+        sys.exit(2)
+    except KeyboardInterrupt:  # nothing is lost: files are written whole
+        sys.exit(130)

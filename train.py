@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,14 +33,11 @@ import torch
 
 import analyze
 import data
+from data import Refusal, load, refuse, write
 from model import Muon, Transformer, flop_per_row, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- options
-
-class Refusal(Exception):
-    """Something the user can mend: reported in one line, exit code 2."""
-
 
 def opt(default, help, **limits):
     return dataclasses.field(default=default, metadata=dict(help=help, **limits))
@@ -96,10 +92,6 @@ PRESETS = {
 }   # basis and masked take the settings of miiii
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
-
-
-def refuse(message):
-    raise Refusal(message)
 
 
 def parse(argv):
@@ -201,9 +193,9 @@ class Run:
         self.spectra, self.solver, self.snapshots = {}, None, {}
         if o.spectra_every:
             B, n = sum(q // 2 for q in d.classes), -(-o.epochs // o.spectra_every)
-            if 16 * B * o.p ** 2 > 2e9:
-                raise Refusal(f'the spectra at p = {o.p} need {48e-9 * B * o.p ** 2:.0f} GB; --spectra_every 0 does without')
-            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
+            if analyze.wave_memory(o.p, d.classes) > 6e9:
+                raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
+            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=3)
             self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
         if ckpt:
             self.restore(ckpt)
@@ -261,7 +253,7 @@ class Run:
         acts = {}
         with self.autocast():
             self.model(self.data.x, acts=acts)
-        rows = analyze.neuron_spectra(acts['neurons'].float(), self.o.p, *self.solver)
+        rows = analyze.neuron_spectra(acts['neurons'].float(), self.o.p, self.solver)
         for name, record in self.spectra.items():
             record.index_copy_(0, self.t // self.o.spectra_every, rows[name][None])
 
@@ -350,40 +342,6 @@ class Run:
             raise Refusal(f'cannot resume: ckpt.pt or metrics.npz in {self.o.out} is damaged, missing or of another program: {" ".join(repr(e).split())[:150]}')
 
 
-def write(path, content):
-    """Bytes, or a dict by torch.save, to a file, whole or not at all: written beside, synced, renamed. Raises Refusal if the
-    disk does not take it."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-        content = buffer.getvalue()
-    beside = path.with_name(path.name + '.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, 'wb') as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise Refusal(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
-
-
-def load(path):
-    """A checkpoint: tensors and plain values only, nothing in it is executed. Raises Refusal."""
-    if not path.exists():
-        raise Refusal(f'nothing to resume: there is no {path}')
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        if damaged or not {'model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions'} <= ckpt.keys():
-            raise ValueError
-    except Exception as e:  # torch raises a dozen types here
-        raise Refusal(f'{path} is truncated, corrupt or not a checkpoint of this program ({type(e).__name__})')
-    return ckpt
-
-
 # ---------------------------------------------------------------------------------------------------- the loop
 
 SAVE_EVERY = 30  # seconds between checkpoints, or 20 times as long as one takes
@@ -468,20 +426,12 @@ def progress(run, row, rate, end=''):
         print(line, flush=True)
 
 
-def grok_epochs(valid_acc, final):
-    """First epoch with validation accuracy >= 0.99, and the first from which it stays there to the end, or None."""
-    up = np.append(valid_acc, final) >= 0.99
-    down = np.flatnonzero(~up)
-    held = down[-1] + 1 if len(down) else 0
-    return int(up.argmax()) if up.any() else None, int(held) if held < len(up) else None
-
-
 def finish(run):
     """The last figures of every task; the test set is touched here, once. Writes summary.json, prints the table."""
     o, d, valid_acc = run.o, run.data, run.metrics['valid_acc'][:run.epoch].cpu().numpy()
     final, tasks = run.evaluate(), []
     for i, name in enumerate(d.names):
-        first, held = grok_epochs(valid_acc[:, i], final[1, 1, i].item())
+        first, held = analyze.grok_epochs(valid_acc[:, i], final[1, 1, i].item())
         task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
         for j, part in enumerate(('train', 'valid', 'test')):
             task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
@@ -604,11 +554,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        text = str(e) if isinstance(e, Refusal) else ' '.join(repr(e).split())[:300]
-        print('\n' * sys.stdout.isatty() + f'train.py: error: {text}', file=sys.stderr)  # not behind a progress line
-        sys.exit(2)
-    except KeyboardInterrupt:  # before the first epoch or after the last: nothing is lost
-        sys.exit(130)
+    data.run_script(main)
