@@ -212,7 +212,7 @@ def mechanism(logits, d, train_rows, key=None):
     profile = centred.gather(1, (s[:, None] - c) % p).mean(0)
     amplitude = torch.fft.rfft(profile).real[1:] * 2 / p
     fit = amplitude.square() / 2 / centred.square().mean().clamp(min=1e-30)
-    key = k[fit > 0.01] if key is None else key
+    key = k[fit > 0.01] if key is None else torch.tensor(key, dtype=torch.long)
     phase = 2 * torch.pi / p * (s[:, None] * key % p)
     basis = torch.cat([phase.cos(), phase.sin()], 1) * (2 / p ** 2) ** 0.5           # p^2 2n, orthonormal
     waves = basis @ (basis.T @ logits)
@@ -314,7 +314,7 @@ def analyse(path):
 
     key, epochs = final.get('key_frequencies'), sorted(run.snapshots)
     for i, epoch in enumerate(epochs):
-        row, more = run.measure(run.snapshots[epoch], solver, null, key and torch.tensor(key))
+        row, more = run.measure(run.snapshots[epoch], solver, null, key)
         for name, value in (row | {k: more[k] for k in ('W_E_norms', 'spectrum') if k in more}).items():
             arrays.setdefault(f'snapshot_{name}', []).append(value)
         if sys.stdout.isatty():

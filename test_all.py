@@ -20,6 +20,7 @@ import torch
 
 import analyze
 import data
+import plots
 import train
 from model import Muon, Transformer, orthogonalize, task_losses
 
@@ -27,16 +28,16 @@ HERE = Path(__file__).parent
 TINY = '--task miiii --p 11 --d_model 32 --n_heads 2 --precision float32 --device cpu'.split()
 
 
-def cli(*args, timeout=120, **kw):
-    """train.py as a user runs it -> finished process with its output as text."""
-    return subprocess.run([sys.executable, HERE / 'train.py', *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
+def cli(*args, script='train.py', timeout=120, **kw):
+    """A script as a user runs it -> finished process with its output as text."""
+    return subprocess.run([sys.executable, HERE / script, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kw)
 
 
-def refused(*args):
+def refused(*args, script='train.py'):
     """The one line of an error, after checking that it is one line, on stderr, with exit code 2."""
-    done = cli(*args)
+    done = cli(*args, script=script)
     assert done.returncode == 2, done.stderr + done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith('train.py: error: '), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith(f'{script}: error: '), done.stderr
     return done.stderr
 
 
@@ -346,17 +347,278 @@ def test_neuron_spectra_find_planted_waves():
     wave = lambda q, k, sign: torch.cos(2 * torch.pi * k * (n % p + sign * p * (n // p)) / q + 0.7)
     marginal = torch.cos(2 * torch.pi * 3 * (n % p) / 29)
     neurons = torch.stack([wave(29, 5, 1) + 3, 2 * wave(23, 4, -1) + marginal], 1)
-    out = analyze.neuron_spectra(neurons, p, *analyze.wave_solver(p, basis))
+    solver = analyze.wave_solver(p, basis)
+    out = analyze.neuron_spectra(neurons, p, solver)
     assert out['spectrum'].shape == (16,) and out['sum_power'].shape == out['difference_power'].shape == (len(freqs),)
     assert abs(out['sum_power'][at[29, 5]] / (0.5 / 2) - 1) < 0.05        # variance 1/2, mean over two neurons
     assert abs(out['difference_power'][at[23, 4]] / (2 / 2) - 1) < 0.05
     rest = out['sum_power'].sum() + out['difference_power'].sum() - out['sum_power'][at[29, 5]] - out['difference_power'][at[23, 4]]
     assert rest < 0.01
-    own = torch.tensor(np.abs(np.fft.fft2(neurons.T.reshape(2, p, p).numpy())) / p ** 2)[:, :p // 2 + 1].mean(2).T  # full 2-D DFT
+    own = torch.tensor(np.abs(np.fft.fft2((neurons - neurons.mean(0)).T.reshape(2, p, p).numpy())) / p ** 2)[:, :p // 2 + 1].mean(2).T
     assert torch.allclose(out['spectrum'].double(), own.mean(1).double(), atol=1e-5)
     assert torch.allclose(out['variance'][0], neurons.var(0, correction=0).mean()) and abs(out['variance'][1] - 0.5 / 2) < 0.02
-    mod_p = 5 + torch.cos(2 * torch.pi * 4 * (n % p + n // p) / p)[:, None]   # one bin of x1, and its count; the mean does not count
-    assert analyze.neuron_spectra(mod_p, p, *analyze.wave_solver(p, basis))['active'].tolist() == [1, 1]
+    mod_p = 5 + torch.cos(2 * torch.pi * 4 * (n % p + n // p) / p)[:, None]   # two bins, one frequency of x1; the mean does not count
+    assert analyze.neuron_spectra(mod_p, p, solver)['active'].tolist() == [2, 1, 1]
+
+
+def plane_wave(p, q, k, stride, sign=1, phase=0.0):
+    """cos(2 pi k (x0 +- stride x1) / q + phase) over all inputs, from Python integers: (p^2,)."""
+    return torch.tensor([math.cos(2 * math.pi * (k * (x0 + sign * stride * x1) % q) / q + phase) for x1 in range(p) for x0 in range(p)])
+
+
+@pytest.fixture(scope='module')
+def at_113():
+    """Frequencies and solver of the 29 tasks."""
+    classes = data.primes_below(113)
+    return analyze.wave_freqs(classes), analyze.wave_solver(113, analyze.waves(113, classes, 113))
+
+
+def test_leakage_of_the_papers_count():
+    """A wave mod p lights 2 bins of the 2-D DFT; a wave of period q < p about 70 on average (from 6 to 134), though it is one wave."""
+    p = 113
+    mod_p = analyze.dft2(plane_wave(p, p, 25, 1)[:, None], p)
+    assert analyze.active(mod_p).tolist() == [2] and mod_p[25, 25, 0] > 0.49 and mod_p[-25, -25, 0] > 0.49
+    wave = analyze.waves(p, data.primes_below(p), p)[0]
+    counts = torch.cat([analyze.active(analyze.dft2(part.T, p)) for part in wave.split(242)])
+    assert len(counts) == 726 and abs(counts.float().mean() - 70.8) < 0.1 and (counts.min(), counts.max()) == (6, 134)
+
+
+def test_planted_waves_are_found_by_kind(at_113):
+    """A sum wave, a difference wave and a marginal, each as such with nearly all of its variance; the worst of 60 (q, k)."""
+    p, (freqs, solver) = 113, at_113
+    picks = freqs[torch.linspace(0, 725, 60).long()].tolist()
+    for sign, row in ((1, 0), (-1, 1)):
+        neurons = torch.stack([plane_wave(p, q, k, p, sign, 0.4) for q, k in picks if q > 2 or sign == 1], 1)
+        parts, at = analyze.decompose(neurons, p, *solver), [i for i in torch.linspace(0, 725, 60).long() if freqs[i, 0] > 2 or sign == 1]
+        share = parts['waves'] / parts['variance']
+        assert all(share[row, i, j] > 0.99 for j, i in enumerate(at))
+        assert (parts['single'].argmax(0) == torch.stack(at)).all()
+    marginal = torch.cos(2 * torch.pi * 7 * torch.arange(p * p).remainder(p) / 101)[:, None]
+    parts = analyze.decompose(marginal, p, *solver)
+    assert parts['marginals'] / parts['variance'] > 0.999 and parts['waves'].sum() < 1e-3
+
+
+def test_a_mixture_is_recovered_with_its_shares(at_113):
+    p, (freqs, solver) = 113, at_113
+    at = {tuple(f): i for i, f in enumerate(freqs.tolist())}
+    mix = 3 * plane_wave(p, 107, 1, p) + 2 * plane_wave(p, 109, 1, p, phase=1.0) + 1 * plane_wave(p, 13, 4, p, phase=2.0) + 1 * plane_wave(p, 29, 3, p, -1)
+    parts = analyze.decompose(mix[:, None], p, *solver)
+    power = parts['waves'][:, :, 0]
+    # 1/107 and 1/109 overlap a little, so the variance each contributes holds half of their covariance
+    coefficients = {(0, 107, 1): 9 / 2, (0, 109, 1): 4 / 2, (0, 13, 4): 1 / 2, (1, 29, 3): 1 / 2}
+    for (row, q, k), variance in coefficients.items():
+        assert abs(power[row, at[q, k]] - variance) < 0.15 * variance
+        power[row, at[q, k]] = 0
+    assert power.abs().sum() < 0.05
+    noise = torch.randn(p * p, 200, generator=torch.Generator().manual_seed(0))  # the closed form for white noise
+    parts = analyze.decompose(noise, p, *solver)
+    mean = parts['waves'][:, freqs[:, 0] > 2].mean(2) / (parts['variance'] - parts['marginals']).mean() * 112 ** 2
+    assert abs(mean.mean() - 2) < 0.02 and mean.min() > 1 and mean.max() < 3
+
+
+def test_the_wave_is_found_after_relu(at_113):
+    """A neuron max(0, cos(w x0 + a) + cos(w p x1 + b)), as networks have them: its (q, k), and sum and difference alike."""
+    p, (freqs, solver) = 113, at_113
+    g, x = torch.Generator().manual_seed(1), torch.arange(p)
+    picks = freqs[3 + torch.randperm(723, generator=g)[:40]]
+    a, b = torch.rand(2, 40, generator=g) * 6.28
+    w = 2 * torch.pi * picks[:, 1] / picks[:, 0]
+    neurons = torch.relu(torch.cos(w * x[:, None] + a)[None] + torch.cos(w * p * x[:, None] + b)[:, None]).flatten(0, 1)  # x1 x0 -> row n
+    numbers, arrays = analyze.mlp(neurons, p, freqs, solver)
+    assert torch.equal(arrays['neuron_wave'], picks) and numbers['clustered'] == 40
+    assert arrays['neuron_wave_share'].min() > 0.5 and arrays['neuron_wave_share'].max() <= 1
+    assert abs(numbers['sum_waves'] / numbers['difference_waves'] - 1) < 0.1
+    total = sum(numbers[k] for k in ('marginals', 'sum_waves', 'difference_waves', 'rest'))
+    assert abs(total - 1) < 1e-4 and torch.allclose(arrays['neuron_split'].sum(0), torch.ones(40), atol=1e-3)
+
+
+def test_fft_against_a_plain_dft():
+    p, W = 13, torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
+    n = torch.arange(p)
+    rows = [torch.full((p,), p ** -0.5)]
+    for k in range(1, p // 2 + 1):
+        rows += [(2 / p) ** 0.5 * torch.cos(2 * torch.pi * k * n / p), (2 / p) ** 0.5 * torch.sin(2 * torch.pi * k * n / p)]
+    basis = torch.stack(rows)
+    assert torch.allclose(basis @ basis.T, torch.eye(p), atol=1e-6)
+    assert torch.allclose(analyze.fourier(W), basis @ W, atol=1e-5)
+    a = torch.randn(p * p, 3, generator=torch.Generator().manual_seed(1))
+    F = torch.exp(-2j * torch.pi * n[:, None] * n / p)
+    full = torch.einsum('ab,cd,bdf->acf', F, F, (a - a.mean(0)).view(p, p, 3).to(F.dtype)).abs() / p ** 2
+    assert torch.allclose(analyze.dft2(a, p), full, atol=1e-5)
+
+
+def test_statistics_against_known_values():
+    assert analyze.gini(torch.ones(10)) == 0 and torch.isclose(analyze.gini(torch.tensor([0.0] * 9 + [5])), torch.tensor(0.9))
+    x = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    assert torch.isclose(analyze.gini(x), (x[:, None] - x).abs().mean() / (2 * x.mean()))  # its definition
+    assert analyze.effective(torch.tensor([2.0, 2, 2, 0, 0])) == 3
+    assert analyze.active(torch.tensor([[1.0, 9], [1, 9], [1, 9], [1, 9], [1, 9], [1, 9], [9, 9]])).tolist() == [1, 0]
+    S = torch.tensor([4.0, 3, 2, 1, 0.5, 0.25, 0.25])  # half of 11 is passed by the second, 9.9 by the fourth
+    Q = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0))).Q
+    numbers, arrays = analyze.embedding(Q * S @ Q.T)
+    assert torch.allclose(arrays['singular_values'], S, atol=1e-5) and (numbers['W_E_n50'], numbers['W_E_n90']) == (2, 4)
+    same = (arrays['left_vectors'] * Q).sum(0).abs()  # the last two values are equal, their vectors free
+    assert torch.allclose(same[:5], torch.ones(5), atol=1e-3)
+
+
+def test_random_weights_carry_nothing_beyond_the_null():
+    d = data.make('miiii', 31)
+    solver, acts = analyze.wave_solver(31, analyze.waves(31, d.classes, 31)), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        Transformer(31, 64, 4, sum(d.classes))(d.x, acts=(a := {}))
+        acts.append(a['neurons'].detach())
+    null = analyze.mlp(acts[0], 31, analyze.wave_freqs(d.classes), solver)[1]['wave_shares'][0]
+    for neurons in acts:
+        numbers, _ = analyze.mlp(neurons, 31, analyze.wave_freqs(d.classes), solver, null)
+        assert numbers['waves'] == numbers['primes'] == numbers['clusters'] == 0
+
+
+def hand_built(p, keys, phases=16):
+    """Weights (D = 32) that compute (a + b) mod p by cosines. Attention averages the two digits, so the residual stream has
+    cos(w a) + cos(w b) and the sine: a vector of angle w (a + b) / 2. Neurons look at it from equally spaced angles f, and the
+    sum of max(0, r cos(angle - f)) cos(2 f - w c) over f is a multiple of r cos(w (a + b) - w c)."""
+    D, x = 32, torch.arange(p)
+    W = {n: torch.zeros_like(w) for n, w in Transformer(p, D, 4, p).state_dict().items()}
+    W['W_pos'][:2, -1] = 1e-3  # not zero, so that the correlation is defined
+    W['W_V'][:], W['W_O'][:] = torch.eye(D).view(D, 4, 8).transpose(0, 1), torch.eye(D).view(4, 8, D)
+    f = 2 * torch.pi * torch.arange(phases) / phases
+    for i, k in enumerate(keys):
+        w, neurons, into = 2 * torch.pi * k / p, slice(phases * i, phases * (i + 1)), 2 * len(keys) + 2 * i
+        W['W_E'][:p, 2 * i], W['W_E'][:p, 2 * i + 1] = torch.cos(w * x), torch.sin(w * x)
+        W['W_in'][2 * i, neurons], W['W_in'][2 * i + 1, neurons] = torch.cos(f), torch.sin(f)
+        W['W_out'][neurons, into], W['W_out'][neurons, into + 1] = torch.cos(2 * f), torch.sin(2 * f)
+        W['W_U'][into], W['W_U'][into + 1] = 20 * torch.cos(w * x), 20 * torch.sin(w * x)
+    return W
+
+
+def test_a_hand_built_adder_is_taken_apart(tmp_path):
+    """Its accuracy is 1, its key frequencies are found in logits, neurons and embedding; without them it is lost, with them alone not."""
+    p, keys = 31, [3, 7, 12]
+    assert cli(*'--task nanda --p 31 --d_model 32 --epochs 1 --spectra_every 0 --device cpu --out'.split(), tmp_path).returncode == 0
+    ckpt = data.load(tmp_path / 'ckpt.pt')
+    data.write(tmp_path / 'ckpt.pt', ckpt | dict(model=hand_built(p, keys)))
+    numbers, _ = analyze.analyse(tmp_path)
+    a, n = np.load(tmp_path / 'analysis.npz'), numbers['final']
+    assert n['valid_accuracies'] == n['train_accuracies'] == [1]
+    assert n['key_frequencies'] == keys and n['waves'] == 3 and n['W_E_effective'] < 3.01
+    assert n['full_loss'] < 0.2 and abs(n['restricted_loss'] - n['full_loss']) < 0.1 and n['excluded_loss'] > math.log(p) - 0.1
+    assert n['cos_fit'] > 0.5 and np.allclose(a['fit'][[k - 1 for k in range(1, 16) if k not in keys]], 0, atol=1e-4)
+    assert np.allclose(n['attention_score'], 0, atol=1e-6) and abs(n['W_pos_pearson'] - 1) < 1e-4
+    best = a['neuron_k'][:48].reshape(3, 16)
+    assert (best == np.array(keys)[:, None]).all() and (a['neuron_k_share'][:48] > 0.8).all()
+    assert (a['neuron_wave'][:48, 1].reshape(3, 16) == np.array(keys)[:, None]).all() and not a['neuron_k_share'][48:].any()
+
+
+# ------------------------------------------------------------------------------------------------ analysis and figures of run folders
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """Small runs of both kinds, analysed by the command: name -> (folder, what the command printed)."""
+    out = {}
+    for task in ('miiii', 'nanda', 'again'):
+        folder = tmp_path_factory.mktemp(task)
+        args = [*TINY, '--task', 'nanda' if task == 'nanda' else 'miiii', '--epochs', 30, '--spectra_every', 10, '--out', folder]
+        assert cli(*args).returncode == 0
+        done = cli(folder, script='analyze.py')
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        out[task] = folder, done.stdout
+    return out
+
+
+def leaves(x):
+    return [y for v in (x.values() if isinstance(x, dict) else x) for y in leaves(v)] if isinstance(x, (dict, list)) else [x]
+
+
+def test_analysis_of_a_run(folders):
+    folder, printed = folders['miiii']
+    n, a = json.loads((folder / 'analysis.json').read_text()), np.load(folder / 'analysis.npz')
+    assert all(math.isfinite(v) for v in leaves(n) if isinstance(v, float)) and all(np.isfinite(a[k]).all() for k in a.files)
+    ckpt, start = data.load(folder / 'ckpt.pt'), data.load(folder / 'snapshots' / '00000000.pt', ('model',))
+    W_E, W_pos = ckpt['model']['W_E'][:11].numpy(), ckpt['model']['W_pos'].numpy()
+    S = np.linalg.svd(W_E)[1]
+    assert np.allclose(a['singular_values'], S, atol=1e-4) and n['final']['W_E_n50'] == np.searchsorted(S.cumsum(), 0.5 * S.sum()) + 1
+    assert np.isclose(n['final']['W_pos_pearson'], np.corrcoef(W_pos[0], W_pos[1])[0, 1], atol=1e-5)
+    assert np.allclose(a['singular_values_initial'], np.linalg.svd(start['model']['W_E'][:11].numpy())[1], atol=1e-4)  # the null is the run's own start
+    assert np.allclose(a['snapshot_W_E_norms'][0], a['W_E_norms_initial'], atol=1e-4) and a['snapshot_epoch'].tolist() == [0, 1, 2, 3, 4, 6, 8, 11, 16, 23]
+    assert a['omega_epoch'].tolist() == [0, 1, 2, 3, 4, 6, 8, 10, 11, 16, 20, 23] and a['omega_counts'].shape == (12, 4) and a['omega_counts'][0, 3] == 0
+    acts, d = {}, data.make('miiii', 11)
+    net = Transformer(11, 32, 2, 17)
+    net.load_state_dict(ckpt['model'])
+    net(d.x, acts=acts)
+    assert np.allclose(a['attention'][1, 3, 7], acts['att'][3 + 11 * 7, 0, 1].item(), atol=1e-5)      # head 1, x0 = 3, x1 = 7
+    assert np.allclose(a['neurons'][2, 3, 7], acts['neurons'][3 + 11 * 7, 2].item(), atol=1e-5)
+    m = np.load(folder / 'metrics.npz')
+    s = json.loads((folder / 'summary.json').read_text())
+    assert [(g['first'], g['sustained']) for g in n['grokking']] == [(t['grok_epoch'], t['grok_epoch_sustained']) for t in s['tasks']]
+    assert np.allclose(n['final']['valid_accuracies'], [t['valid_acc'] for t in s['tasks']])
+    assert np.allclose(a['omega_counts'][7, :3], m['active'][1]) and 'n mod 7' in printed and 'Pearson' in printed
+    assert (folder / 'analysis.json').read_text() == (folders['again'][0] / 'analysis.json').read_text().replace(str(folders['again'][0]), str(folder))
+
+
+def test_every_figure(folders, tmp_path):
+    miiii, nanda = (shutil.copytree(folders[k][0], tmp_path / k) for k in ('miiii', 'nanda'))
+    done = cli(miiii, nanda, '--data', '--animate', 'waves', script='plots.py', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = {tmp_path / 'out': plots.DATA, miiii: plots.SINGLE + plots.COMPARED, nanda: plots.SINGLE}
+    for folder, figures in expected.items():
+        for f in figures:
+            for kind in ('png', 'svg'):
+                file = folder / 'figures' / f'{f.__name__}.{kind}'
+                assert (f.__name__ == 'mechanism' and folder == miiii) != file.exists(), file
+                assert not file.exists() or file.stat().st_size > 3000
+    assert 'mechanism not drawn' in done.stdout and all((x / 'figures' / 'waves.gif').stat().st_size > 3000 for x in (miiii, nanda))
+    done = cli(nanda, '--only', 'omega', '--animate', 'embedding', script='plots.py')
+    assert done.stdout.split() == [str(nanda / 'figures' / 'omega.png'), str(nanda / 'figures' / 'embedding.gif')]
+
+
+def test_hinton_draws_areas_and_signs():
+    fig, ax = plots.plt.subplots()
+    plots.hinton(ax, [[4.0, -1.0], [0.0, 1.0]])
+    filled, hollow = (sorted(path.get_extents().width * path.get_extents().height for path in c.get_paths()) for c in ax.collections)
+    assert len(filled) == 2 and len(hollow) == 1 and np.isclose(filled[1] / filled[0], 4) and np.isclose(hollow[0], filled[0])
+    plots.plt.close(fig)
+
+
+def test_a_run_without_snapshots_or_records(folders, tmp_path):
+    """What cannot be drawn is said, the rest is drawn."""
+    folder = shutil.copytree(folders['nanda'][0], tmp_path / 'run')
+    shutil.rmtree(folder / 'snapshots')
+    (folder / 'metrics.npz').unlink()
+    done = cli(folder, script='analyze.py')
+    assert done.returncode == 0 and 'no weight snapshots' in done.stdout and 'no readable metrics.npz' in done.stdout
+    done = cli(folder, script='plots.py')
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines() if 'not drawn' in line] == ['accuracy', 'loss', 'gradients', 'variance', 'omega']
+    assert (folder / 'figures' / 'mechanism.png').exists()
+
+
+def test_bad_folders(folders, tmp_path):
+    assert 'no run folder' in refused(tmp_path, script='analyze.py') and 'no run folder' in refused(tmp_path, script='plots.py')
+    assert 'RUN' in refused(script='analyze.py') and '--data' in refused(script='plots.py') and 'only' in refused('--data', '--only', 'nothing', script='plots.py')
+    folder = shutil.copytree(folders['miiii'][0], tmp_path / 'run')
+    good = (folder / 'ckpt.pt').read_bytes()
+    ckpt = data.load(folder / 'ckpt.pt')
+    for bad in (dict(ckpt, config=ckpt['config'] | dict(p=13)), dict(ckpt, config=ckpt['config'] | dict(p=12)), dict(ckpt, config={})):
+        data.write(folder / 'ckpt.pt', bad)
+        assert 'ckpt.pt is not of' in refused(folder, script='analyze.py')
+    (folder / 'ckpt.pt').write_bytes(good[:5000])
+    assert 'truncated' in refused(folder, script='analyze.py')
+    (folder / 'ckpt.pt').write_bytes(good)
+    torch.save(dict(model=Transformer(13, 32, 2, 17).state_dict(), step=5), folder / 'snapshots' / '00000005.pt')
+    (folder / 'snapshots' / '00000007.pt').write_bytes(b'half')
+    done = cli(folder, script='analyze.py')
+    assert done.returncode == 0 and '00000005.pt is not of a run with' in done.stdout and '00000007.pt is truncated' in done.stdout
+    (folder / 'analysis.json').unlink()
+    (folder / 'analysis.json').mkdir()
+    assert 'cannot write' in refused(folder, script='analyze.py')
+    (folder / 'analysis.json').rmdir()
+    (folder / 'analysis.json').write_text('{')
+    assert 'cannot be read' in refused(folder, script='plots.py')
+    (folder / 'analysis.json').unlink()
+    (folder / 'figures').write_text('in the way')
+    done = cli(folder, script='plots.py')
+    assert done.returncode == 2 and done.stderr.startswith('plots.py: error: ') and len(done.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ the run folder
@@ -392,7 +654,7 @@ def test_run_folder(tmp_path):
     assert np.allclose(m['valid_loss'][16], loss.detach(), rtol=1e-4) and np.allclose(m['valid_acc'][16], acc)
     acts = {}
     net(d.x, acts=acts)
-    spectra = analyze.neuron_spectra(acts['neurons'].detach(), 11, *analyze.wave_solver(11, analyze.waves(11, d.classes, 11)))
+    spectra = analyze.neuron_spectra(acts['neurons'].detach(), 11, analyze.wave_solver(11, analyze.waves(11, d.classes, 11)))
     for name, row in spectra.items():
         assert np.allclose(m[name][1], row, rtol=1e-3, atol=1e-6), name
     net.load_state_dict(ckpt['model'])
@@ -407,7 +669,7 @@ def test_grok_epochs():
     run.epoch = 6
     acc = torch.tensor([[0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0.0]])
     final = torch.tensor([1, 1, 0, 0.5])
-    assert [train.grok_epochs(a, f) for a, f in zip(acc, final)] == [(1, 3), (0, 0), (None, None), (1, None)]
+    assert [analyze.grok_epochs(a, f) for a, f in zip(acc, final)] == [(1, 3), (0, 0), (None, None), (1, None)]
 
 
 @pytest.mark.parametrize('extra', ['--optimizer adamw --lamb 0.5 --decay_from 1', '--optimizer muon --decay_from 1 --dropout_mask example'])
@@ -512,7 +774,7 @@ def test_progress_is_one_line_rewritten_on_a_terminal_and_plain_lines_in_a_log(t
     (['--train_frac', 1], 'empty'), (['--train_frac', 0], 'empty'), (['--train_frac', 'nan'], 'train_frac'),
     (['--d_model', 30, '--n_heads', 4], 'divisible'), (['--lam', 1], '--lamb'), (['--leraning_rate=1'], 'unknown option'),
     (['--dropout', 1], 'dropout'), (['--epochs', 0], 'epochs'), (['--lr', 'fast'], 'lr'), (['--task', 'nands'], 'nanda'),
-    (['--device', 'nowhere'], 'device'), (['--device', 'meta'], 'device'), (['--p', 997], 'spectra'), (['--out', 'x' * 300], 'File name'), (['--resume'], 'nothing to resume')])
+    (['--device', 'nowhere'], 'device'), (['--device', 'meta'], 'device'), (['--p', 997], 'spectra'), (['--out', 'x' * 300], 'File name'), (['--resume'], 'there is no')])
 def test_bad_options(tmp_path, args, says):
     assert says in refused('--out', tmp_path, *args)
     assert not list(tmp_path.iterdir())
