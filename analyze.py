@@ -107,8 +107,9 @@ def decompose(neurons, p, inter, inv, alone):
 
 
 def dft2(neurons, p):
-    """|2-D DFT| / p^2 of activations (p^2, F) without their means: (p, p, F), frequency of x1, frequency of x0."""
-    return torch.fft.fft2((neurons - neurons.mean(0)).view(p, p, -1), dim=(0, 1), norm='forward').abs()
+    """|2-D DFT| / p^2 of activations (p^2, F) without their means: (p//2+1, p, F), frequencies of x1 and x0. The other half, of
+    negative frequencies of x1, mirrors this one."""
+    return torch.fft.rfft2((neurons - neurons.mean(0)).view(p, p, -1), dim=(1, 0), norm='forward').abs()
 
 
 def neuron_spectra(neurons, p, solver):
@@ -121,18 +122,21 @@ def neuron_spectra(neurons, p, solver):
     active            (3,) see `active_counts`
     """
     parts, dft = decompose(neurons, p, *solver), dft2(neurons, p)
-    return dict(spectrum=dft[:p // 2 + 1].mean((1, 2)), sum_power=parts['waves'][0].mean(1), difference_power=parts['waves'][1].mean(1),
+    return dict(spectrum=dft.mean((1, 2)), sum_power=parts['waves'][0].mean(1), difference_power=parts['waves'][1].mean(1),
                 variance=torch.stack([parts['variance'].mean(), parts['marginals'].mean()]), active=active_counts(dft))
 
 
 def active_counts(dft):
-    """How many frequencies are active, that is above mean + 2 sd, in `dft2` (p, p, F), counted in three ways: (3,).
+    """How many frequencies are active, that is above mean + 2 sd, in `dft2` (p//2+1, p, F), counted in three ways: (3,).
 
     Bins of a neuron's 2-D DFT, the mean over neurons (the paper's rule); frequencies of x1 after the mean over those of x0, the
-    mean over neurons (the averaging of the paper's code, which looks at one neuron); the same in the mean of all neurons.
+    mean over neurons (the averaging of the paper's code, which looks at one neuron); the same in the mean of all neurons. Neurons
+    that do not vary, as some at initialisation, are left out.
     """
-    own = dft[1:len(dft) // 2 + 1].mean(1)                                           # p//2 F
-    return torch.stack([active(s).float().mean() for s in (dft, own, own.mean(1, keepdim=True))])
+    bins, own, largest = torch.cat([dft, dft[1:]]), dft[1:].mean(1), dft.amax((0, 1))      # p p F, p//2 F, F
+    varies = largest > 1e-5 * largest.max()
+    counts = [(active(s) * varies).sum() / varies.sum().clamp(min=1) for s in (bins, own)]
+    return torch.stack([*counts, active(own.mean(1, keepdim=True))[0]])
 
 
 def strong(share, null):
@@ -178,7 +182,7 @@ def mlp(neurons, p, freqs, solver, null=None):
     total, inter = parts['variance'], parts['variance'] - parts['marginals']
     alive = total > 1e-6 * total.mean()  # at initialisation some neurons are constant
     k, power = torch.arange(1, p // 2 + 1), dft.square()
-    folded = sum(power[i, j] for s in (k, -k) for i, j in ((s, 0), (0, s), (s, s), (s, -s)))   # p//2 F
+    folded = power[0, k] + power[0, -k] + 2 * (power[k, 0] + power[k, k] + power[k, -k])    # p//2 F
     dft_share, dft_k = (folded / total * alive).nan_to_num().max(0)
     wave_share, wave = (parts['single'] / inter * alive).nan_to_num().max(0)
     share = parts['waves'].mean(2) / inter.mean()                                    # 2 B, of the layer's interaction
@@ -193,7 +197,7 @@ def mlp(neurons, p, freqs, solver, null=None):
         neurons_alive=alive.sum(), dft_share=dft_share.median(), wave_share=wave_share.median(),
         clustered=(wave_share > 0.5).sum(), clusters=len(clusters))
     return numbers, dict(
-        spectrum=dft[:p // 2 + 1].mean((1, 2)), neuron_ids=shown, neurons=neurons[:, shown].T.view(-1, p, p).mT, neurons_dft=dft[..., shown].permute(2, 1, 0), wave_shares=share,
+        spectrum=dft.mean((1, 2)), neuron_ids=shown, neurons=neurons[:, shown].T.view(-1, p, p).mT, neurons_dft=dft[..., shown].permute(2, 1, 0), wave_shares=share,
         neuron_split=(split / total * alive).nan_to_num(), neuron_wave=freqs[wave], neuron_wave_share=wave_share,
         neuron_k=dft_k + 1, neuron_k_share=dft_share)
 
@@ -222,6 +226,11 @@ def mechanism(logits, d, train_rows, key=None):
     numbers = dict(key_frequencies=key, cos_fit=fit.sum(), restricted_loss=loss(logits.mean(0) + waves, slice(None)),
                    excluded_loss=loss(logits - waves, train_rows), full_loss=loss(logits, slice(None)), train_loss=loss(logits, train_rows))
     return numbers, dict(profile=profile, fit=fit, amplitude=amplitude)
+
+
+def recorded_share(records):
+    """Share of the layer's interaction in each sum wave, from the spectra in metrics.npz: (E, B)."""
+    return records['sum_power'] / np.maximum(records['variance'][:, :1] - records['variance'][:, 1:], 1e-30)
 
 
 def grok_epochs(acc, final):
@@ -327,10 +336,9 @@ def analyse(path):
     r, grokking = run.records, []
 
     def first_fit(i):
-        """First epoch with training accuracy >= .99; the records have it with dropout, the snapshots without."""
-        if run.config['dropout'] == 0:
-            return grok_epochs(r['train_acc'][:, i], 0)[0]
-        return next((e for e, acc in zip(epochs, arrays['snapshot_train_accuracies']) if acc[i] >= 0.99), None) if epochs else None
+        """First epoch with training accuracy >= .99: the records have every epoch, with dropout; the snapshots some, without."""
+        found = [e for e, acc in zip(epochs, arrays.get('snapshot_train_accuracies', [])) if acc[i] >= 0.99][:1]
+        return min(found + [e for e in grok_epochs(r['train_acc'][:, i], 0)[:1] if e is not None], default=None)
     if r:
         for i, name in enumerate(d.names):
             first, held = grok_epochs(r['valid_acc'][:, i], final['valid_accuracies'][i])
@@ -343,7 +351,7 @@ def analyse(path):
             counts = zip(*(arrays[f'snapshot_{k}'] for k in ('active_bins', 'active_averaged', 'active_layer', 'waves')))
             curve |= dict(zip(epochs, zip(counts, arrays['snapshot_spectrum'])))
         if 'spectra_epoch' in r:
-            share = torch.from_numpy(r['sum_power'] / (r['variance'][:, :1] - r['variance'][:, 1:]))
+            share = torch.from_numpy(recorded_share(r))
             counts = np.column_stack([r['active'], strong(share, null).sum(1)])
             curve |= dict(zip(r['spectra_epoch'].tolist(), zip(counts, r['spectrum'])))
         if curve:

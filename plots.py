@@ -6,7 +6,7 @@
     python plots.py out/miiii --only waves       # one of them
     python plots.py out/miiii --animate waves    # and a GIF through training: waves or embedding
 
-Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing or older than the checkpoint) and metrics.npz.
+Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the checkpoint or than it) and metrics.npz.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from data import Refusal, refuse
 CORNER = 37  # of a large grid only the top left corner is drawn square by square, as in the paper
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told apart in every kind of colour vision, and in print
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'image.cmap': 'cividis',
-         'savefig.dpi': 150, 'legend.frameon': False, 'legend.fontsize': 7, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.2}
+         'savefig.dpi': 120, 'legend.frameon': False, 'legend.fontsize': 7, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.2}
 
 
 class Run:
@@ -35,9 +35,9 @@ class Run:
 
     def __init__(self, path):
         self.path, (j, z) = Path(path), (Path(path, 'analysis.json'), Path(path, 'analysis.npz'))
-        ckpt = self.path / 'ckpt.pt'
-        if not all(f.exists() and (not ckpt.exists() or f.stat().st_mtime >= ckpt.stat().st_mtime) for f in (j, z)):
-            print(f'{path}: no analysis of its checkpoint yet, making one', flush=True)
+        sources = [f.stat().st_mtime for f in (self.path / 'ckpt.pt', Path(analyze.__file__)) if f.exists()]
+        if not all(f.exists() and f.stat().st_mtime >= max(sources) for f in (j, z)):
+            print(f'{path}: no up-to-date analysis yet, making one', flush=True)
             for note in analyze.analyse(path)[1]:
                 print(f'note: {note}')
         try:
@@ -233,7 +233,7 @@ def omega(run):
     fig.colorbar(mesh, ax=top, label='power / largest', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
     log_lines(ax, x, [(counts[:, 3], 'waves (q, k) that the layer carries: no leakage'), (counts[:, 0], 'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule'),
-                      (counts[:, 1], 'the same of x1 after the mean over x0: its code\'s averaging')], yscale='symlog', ylabel='active frequencies', ylim=(0, 3e4))
+                      (counts[:, 1], 'the same of x1 after the mean over x0: its code\'s averaging')], yscale='symlog', ylabel='active frequencies', ylim=(0, 5e3))
     ax.legend(loc='upper left')
     fig.suptitle(f'{run.name}: active frequencies of the neurons')
     return fig
@@ -250,7 +250,7 @@ def clusters(run):
     pure = a['neuron_wave_share'] > 0.5
     names, counts = np.unique(a['neuron_wave'][pure, int(one)], return_counts=True)
     bars.bar([str(n) for n in names], counts, color=BLUE)
-    bars.tick_params(axis='x', labelsize=5.5 if len(names) > 12 else 8)
+    bars.tick_params(axis='x', labelsize=6, rotation=90 if len(names) > 12 else 0)
     bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons', title=f'the {pure.sum()} neurons that have more than half in one (q, k)')
     fig.suptitle(f'{run.name}: neurons by what they serve')
     return fig
@@ -358,7 +358,7 @@ def animate(run, what):
     """Through training, a frame per record: `waves` from the recorded spectra, `embedding` from the snapshots."""
     if what == 'waves':
         r, draw = run.records, draw_waves
-        epochs, frames = r['spectra_epoch'], r['sum_power'] / (r['variance'][:, :1] - r['variance'][:, 1:])
+        epochs, frames = r['spectra_epoch'], analyze.recorded_share(r)
     else:
         epochs, frames, draw = run.arrays['snapshot_epoch'], run.arrays['snapshot_W_E_norms'], draw_norms
     fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)

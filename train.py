@@ -10,8 +10,6 @@ Without a GPU the first ends after 7 to 8.5 minutes on 2 cores (x86-64 with bflo
 accuracy of .995 to .997 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
 """
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import difflib
 import io
@@ -510,9 +508,6 @@ def bench(run):
 
 def main(argv):
     given = parse(argv)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc gives big buffers back to the kernel and faults them in again,
-        libc = ctypes.CDLL(None)                                   # page by page, in every epoch; keeping them saves a quarter of the time
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)           # M_MMAP_MAX, M_TRIM_THRESHOLD
     o, ckpt = resolve(given)
     run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 5) if o.bench else o, ckpt), Path(o.out)  # room for the records
     if folder.exists() and not folder.is_dir():
