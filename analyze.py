@@ -8,7 +8,6 @@ beside the same number of the same weights at initialisation, its null.
 import argparse
 import io
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -50,6 +49,9 @@ def effective(power):
 def wave_freqs(classes):
     """The pairs (q, k), (B, 2): every q of `classes` with k = 1 .. q//2. The 29 tasks at p = 113 have B = 726."""
     return torch.tensor([(q, k) for q in classes for k in range(1, q // 2 + 1)])
+
+
+MAX_MEMORY = 6e9  # bytes: above that no waves are fitted
 
 
 def wave_memory(p, classes):
@@ -219,12 +221,12 @@ def mechanism(logits, d, train_rows, key=None):
     key = k[fit > 0.01] if key is None else torch.tensor(key, dtype=torch.long)
     phase = 2 * torch.pi / p * (s[:, None] * key % p)
     basis = torch.cat([phase.cos(), phase.sin()], 1) * (2 / p ** 2) ** 0.5           # p^2 2n, orthonormal
-    waves = basis @ (basis.T @ logits)
+    kept = basis @ (basis.T @ logits)
 
     def loss(z, rows):
         return task_losses(z[rows], d.y[rows], d.classes)[0][0]
-    numbers = dict(key_frequencies=key, cos_fit=fit.sum(), restricted_loss=loss(logits.mean(0) + waves, slice(None)),
-                   excluded_loss=loss(logits - waves, train_rows), full_loss=loss(logits, slice(None)), train_loss=loss(logits, train_rows))
+    numbers = dict(key_frequencies=key, cos_fit=fit.sum(), restricted_loss=loss(logits.mean(0) + kept, slice(None)),
+                   excluded_loss=loss(logits - kept, train_rows), full_loss=loss(logits, slice(None)), train_loss=loss(logits, train_rows))
     return numbers, dict(profile=profile, fit=fit, amplitude=amplitude)
 
 
@@ -307,57 +309,63 @@ class Folder:
         return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}, {k: v for _, part in parts for k, v in part.items()}
 
 
+def over_snapshots(run, solver, null, key):
+    """The numbers of every snapshot as arrays, and its spectra: snapshot_NAME, in the order of snapshot_epoch."""
+    out, began, epochs = {}, time.perf_counter(), sorted(run.snapshots)
+    for i, epoch in enumerate(epochs):
+        numbers, arrays = run.measure(run.snapshots[epoch], solver, null, key)
+        numbers.pop('key_frequencies', None)
+        for name, value in (dict(epoch=epoch) | numbers | {k: arrays[k] for k in ('W_E_norms', 'spectrum') if k in arrays}).items():
+            out.setdefault(f'snapshot_{name}', []).append(value)
+        if sys.stdout.isatty():
+            left = (time.perf_counter() - began) / (i + 1) * (len(epochs) - i - 1)
+            print(f'\r\033[Ksnapshot {i + 1}/{len(epochs)}  ETA {left:.0f} s', end='' if left else '\r\033[K', flush=True)
+    return {k: np.array(v) for k, v in out.items()}
+
+
+def grokking(run, final, snaps):
+    """Per task the epoch of 99 % validation accuracy, first and for good, that of 99 % training accuracy, and the lag between.
+    Training accuracy is known with dropout at every epoch and without it at the snapshots; the earlier of both counts."""
+    out, r = [], run.records
+    for i, name in enumerate(run.data.names if r else []):
+        first, held = grok_epochs(r['valid_acc'][:, i], final['valid_accuracies'][i])
+        fitted = [] if 'snapshot_epoch' not in snaps else snaps['snapshot_epoch'][snaps['snapshot_train_accuracies'][:, i] >= 0.99].tolist()
+        train = min(fitted + np.flatnonzero(r['train_acc'][:, i] >= 0.99).tolist(), default=None)
+        out.append(dict(name=name, first=first, sustained=held, train=train, lag=None if None in (first, train) else first - train))
+    return out
+
+
+def omega(run, null, snaps):
+    """Active frequencies through training, from the recorded spectra and the snapshots: omega_epoch (E,), omega_counts (E, 4), the
+    three of `active_counts` and the (q, k) carried, omega_spectrum (E, p//2+1)."""
+    at, r = {}, run.records
+    if 'spectra_epoch' in r:
+        counts = np.column_stack([r['active'], strong(torch.from_numpy(recorded_share(r)), null).sum(1)])
+        at |= dict(zip(r['spectra_epoch'].tolist(), zip(counts, r['spectrum'])))
+    if 'snapshot_epoch' in snaps:
+        counts = np.column_stack([snaps[f'snapshot_{k}'] for k in ('active_bins', 'active_averaged', 'active_layer', 'waves')])
+        at |= dict(zip(snaps['snapshot_epoch'].tolist(), zip(counts, snaps['snapshot_spectrum'])))
+    epochs = sorted(at)
+    return dict(omega_epoch=epochs, omega_counts=[at[e][0] for e in epochs], omega_spectrum=[at[e][1] for e in epochs]) if at else {}
+
+
 def analyse(path):
-    """One run folder -> its numbers (a dict for analysis.json) and its arrays (a dict for analysis.npz), both written there."""
+    """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz."""
     run = Folder(path)
-    d, p, began = run.data, run.p, time.perf_counter()
-    solver = None
-    if wave_memory(p, d.classes) < 6e9:
+    d, p, solver, null = run.data, run.p, None, None
+    if wave_memory(p, d.classes) < MAX_MEMORY:
         solver = wave_solver(p, waves(p, d.classes, d.stride))
     else:
         run.missing.append(f'the waves at p = {p} need {wave_memory(p, d.classes) / 1e9:.0f} GB: no neurons')
-    initial, at_start = run.measure(run.initial, solver)
-    null = at_start['wave_shares'][0] if solver else None
+    initial, start = run.measure(run.initial, solver)
+    if solver:
+        null = start['wave_shares'][0]
     final, arrays = run.measure(run.final, solver, null)
-    arrays |= {f'{k}_initial': at_start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in at_start}
-
-    key, epochs = final.get('key_frequencies'), sorted(run.snapshots)
-    for i, epoch in enumerate(epochs):
-        row, more = run.measure(run.snapshots[epoch], solver, null, key)
-        for name, value in (row | {k: more[k] for k in ('W_E_norms', 'spectrum') if k in more}).items():
-            arrays.setdefault(f'snapshot_{name}', []).append(value)
-        if sys.stdout.isatty():
-            left = (time.perf_counter() - began) / (i + 3) * (len(epochs) - i - 1)
-            print(f'\r\033[Ksnapshot {i + 1}/{len(epochs)}  ETA {left:.0f} s', end='' if i + 1 < len(epochs) else '\r\033[K', flush=True)
-    if epochs:
-        arrays['snapshot_epoch'] = epochs
-        arrays.pop('snapshot_key_frequencies', None)
-
-    r, grokking = run.records, []
-
-    def first_fit(i):
-        """First epoch with training accuracy >= .99: the records have every epoch, with dropout; the snapshots some, without."""
-        found = [e for e, acc in zip(epochs, arrays.get('snapshot_train_accuracies', [])) if acc[i] >= 0.99][:1]
-        return min(found + [e for e in grok_epochs(r['train_acc'][:, i], 0)[:1] if e is not None], default=None)
-    if r:
-        for i, name in enumerate(d.names):
-            first, held = grok_epochs(r['valid_acc'][:, i], final['valid_accuracies'][i])
-            train = first_fit(i)
-            lag = None if first is None or train is None else first - train
-            grokking.append(dict(name=name, first=first, sustained=held, train=train, lag=lag))
-    if solver:  # through training: the recorded spectra, and the snapshots
-        curve = {}
-        if epochs:
-            counts = zip(*(arrays[f'snapshot_{k}'] for k in ('active_bins', 'active_averaged', 'active_layer', 'waves')))
-            curve |= dict(zip(epochs, zip(counts, arrays['snapshot_spectrum'])))
-        if 'spectra_epoch' in r:
-            share = torch.from_numpy(recorded_share(r))
-            counts = np.column_stack([r['active'], strong(share, null).sum(1)])
-            curve |= dict(zip(r['spectra_epoch'].tolist(), zip(counts, r['spectrum'])))
-        if curve:
-            arrays |= dict(omega_epoch=sorted(curve), omega_counts=[curve[e][0] for e in sorted(curve)], omega_spectrum=[curve[e][1] for e in sorted(curve)])
-    order = [g['name'] for g in sorted(grokking, key=lambda g: math.inf if g['first'] is None else g['first']) if g['first'] is not None]
-    numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, grokking=grokking, order=order)
+    snaps = over_snapshots(run, solver, null, final.get('key_frequencies'))
+    arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
+    if solver:
+        arrays |= omega(run, null, snaps)
+    numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, grokking=grokking(run, final, snaps))
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes)
     np.savez(buffer := io.BytesIO(), **{k: np.asarray(v) for k, v in arrays.items()})
     write(run.path / 'analysis.npz', buffer.getvalue())
@@ -390,6 +398,9 @@ def table(numbers):
     o = numbers['config']
     lines = [f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}', f'{"":52s} {"now":>24s} {"at initialisation":>24s}']
     lines += [f'{label:52s} {show(numbers["final"][k]):>24s} {show(numbers["initial"][k]):>24s}' for k, label in LABELS.items() if k in numbers['final']]
+    order = sorted((g for g in numbers['grokking'] if g['first'] is not None), key=lambda g: g['first'])
+    if len(order) > 1:
+        lines += ['', 'order of 99 % validation accuracy: ' + ', '.join(g['name'] for g in order)]
     if numbers['grokking']:
         lines += ['', f'{"task":18s} {"valid >= .99 from epoch":>24s} {"for good":>9s} {"train >= .99":>13s} {"lag":>7s}']
         for g in numbers['grokking']:

@@ -50,7 +50,7 @@ class Run:
         except Exception:
             self.records = {}
         self.p, self.tasks = self.config['p'], [str(q) for q in self.arrays['classes']]
-        self.name = f'{self.config["task"]}, p = {self.p}, epoch {self.epoch:,}'
+        self.name = f'{self.config["task"]}, p = {self.p}, {"" if self.config["dropout"] else "no dropout, "}epoch {self.epoch:,}'
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
@@ -233,7 +233,7 @@ def omega(run):
     fig.colorbar(mesh, ax=top, label='power / largest', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
     log_lines(ax, x, [(counts[:, 3], 'waves (q, k) that the layer carries: no leakage'), (counts[:, 0], 'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule'),
-                      (counts[:, 1], 'the same of x1 after the mean over x0: its code\'s averaging')], yscale='symlog', ylabel='active frequencies', ylim=(0, 5e3))
+                      (counts[:, 1], 'the same of x1 after the mean over x0: its code\'s averaging')], yscale='symlog', ylabel='active frequencies', ylim=(0, 2e4))
     ax.legend(loc='upper left')
     fig.suptitle(f'{run.name}: active frequencies of the neurons')
     return fig
