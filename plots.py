@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, PowerNorm
 
 import analyze
 import data
@@ -43,13 +43,13 @@ class Run:
         try:
             self.numbers, self.arrays = json.loads(j.read_text()), dict(np.load(z))
             self.config, self.final, self.epoch = (self.numbers[k] for k in ('config', 'final', 'epoch'))
+            self.p, self.tasks = self.config['p'], [str(q) for q in self.arrays['classes']]
         except Exception as e:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
         try:
             self.records = dict(np.load(self.path / 'metrics.npz'))
         except Exception:
             self.records = {}
-        self.p, self.tasks = self.config['p'], [str(q) for q in self.arrays['classes']]
         self.name = f'{self.config["task"]}, p = {self.p}, {"" if self.config["dropout"] else "no dropout, "}epoch {self.epoch:,}'
 
 
@@ -75,12 +75,12 @@ def over_time(fig, ax, epochs, values, names, label, **colours):
     ax.set(xscale='log', xlabel='epoch + 1')
     ax.set_yticks(range(len(names)), names, fontsize=6)
     ax.invert_yaxis()
-    fig.colorbar(mesh, ax=ax, label=label, pad=0.02)
+    fig.colorbar(mesh, ax=ax, label=label, pad=0.02, extend='both' if 'norm' in colours else 'neither')
 
 
 def log_lines(ax, x, lines, **labels):
-    """Lines over epochs on a log scale, told apart by colour and dash: lines = [(y, name), ...]."""
-    for (y, name), colour, dash in zip(lines, (BLUE, ORANGE, GREEN, GREY), ('-', '--', '-.', ':')):
+    """Lines {name: y} over epochs on a log scale, told apart by colour and dash."""
+    for (name, y), colour, dash in zip(lines.items(), (BLUE, ORANGE, GREEN, GREY), ('-', '--', '-.', ':')):
         ax.plot(x + 1, y, c=colour, ls=dash, label=name, marker='.' if len(x) < 100 else None, ms=3)
     ax.set(xscale='log', xlabel='epoch + 1', **labels)
     ax.legend()
@@ -142,7 +142,7 @@ def curves(run, kind, label, **colours):
     r, parts = run.records, (('valid', 'validation'), ('train', 'training, with dropout' if run.config['dropout'] else 'training'))
     if len(run.tasks) == 1:
         fig, ax = plt.subplots(figsize=(7.5, 2.6))
-        log_lines(ax, r['epoch'], [(r[f'{part}_{kind}'], name) for part, name in parts], ylabel=label, yscale='log' if kind == 'loss' else 'linear')
+        log_lines(ax, r['epoch'], {name: r[f'{part}_{kind}'] for part, name in parts}, ylabel=label, yscale='log' if kind == 'loss' else 'linear')
     else:
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6))
         for ax, (part, name) in zip(axes[::-1], parts):
@@ -171,7 +171,7 @@ def singular_vectors(run):
 
 
 def neuron(run):
-    """Figure 4: one neuron over the inputs, and its spectrum: the one that has most of its interaction in one (q, k)."""
+    """Figure 4: one neuron over the inputs, and its spectrum: the one that has most of its interaction in one (q, k), q > 3."""
     a, i = run.arrays, run.arrays['neuron_ids'][3]
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 4))
     draw_neuron(axes, a, 3)
@@ -181,8 +181,12 @@ def neuron(run):
 
 
 def draw_neuron(axes, arrays, column):
+    """A corner of the activations over the inputs, and the whole 2-D spectrum: of waves, sum and difference stand in either half."""
     hinton(axes[0], arrays['neurons'][column], xlabel='x1', ylabel='x0', title='activation')
-    hinton(axes[1], arrays['neurons_dft'][column], xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT| without the mean')
+    dft = np.fft.fftshift(arrays['neurons_dft'][column], axes=0)                     # x0 -p//2 .. p//2, x1 0 .. p//2
+    h = len(dft) // 2 + 0.5
+    axes[1].imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, h, h, -h))
+    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT| without the mean')
 
 
 def waves(run):
@@ -196,8 +200,8 @@ def waves(run):
 
 def draw_waves(ax, run, share, most):
     """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per k."""
-    (q, k), null = run.arrays['freqs'].T, run.arrays['wave_shares_initial'][0]
-    carried = analyze.strong(torch.tensor(share), torch.tensor(null)).numpy()
+    q, k = run.arrays['freqs'].T
+    carried = analyze.carried(torch.tensor(share), run.p).numpy()
     if len(run.tasks) == 1:
         return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
     ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
@@ -227,13 +231,16 @@ def variance(run):
 def omega(run):
     """Active frequencies through training: by the paper's rule, by its code's averaging, and without leakage."""
     a = run.arrays
-    x, counts, power = a['omega_epoch'], a['omega_counts'], a['omega_spectrum'][:, 1:] ** 2
+    x, counts, spectrum = a['omega_epoch'], a['omega_counts'], a['omega_spectrum'][:, 1:]
     fig, (top, ax) = plt.subplots(2, 1, figsize=(7.5, 4.8), sharex=True)
-    mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, np.arange(0.5, power.shape[1] + 1), (power / power.max(1, keepdims=True)).T, rasterized=True)
-    fig.colorbar(mesh, ax=top, label='power / largest', pad=0.02)
+    mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, np.arange(0.5, spectrum.shape[1] + 1),
+                          (spectrum / spectrum.max(1, keepdims=True)).T, rasterized=True)
+    fig.colorbar(mesh, ax=top, label='amplitude / largest', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
-    log_lines(ax, x, [(counts[:, 3], 'waves (q, k) that the layer carries: no leakage'), (counts[:, 0], 'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule'),
-                      (counts[:, 1], 'the same of x1 after the mean over x0: its code\'s averaging')], yscale='symlog', ylabel='active frequencies', ylim=(0, 2e4))
+    lines = {'waves (q, k) that the layer carries: no leakage': counts[:, 2],
+             'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule': counts[:, 0],
+             'the same of x1 after the mean over x0: its code\'s averaging': counts[:, 1]}
+    log_lines(ax, x, lines, yscale='symlog', ylabel='active frequencies', ylim=(0, 2e4))
     ax.legend(loc='upper left')
     fig.suptitle(f'{run.name}: active frequencies of the neurons')
     return fig
@@ -268,8 +275,9 @@ def mechanism(run):
     profile.set(xlabel='x0 + x1 - c mod p', title='logits, centred')
     profile.legend()
     if 'snapshot_epoch' in a:
-        kinds = dict(full='all inputs', restricted='all inputs, key only', train='training inputs', excluded='training inputs, without key')
-        log_lines(losses, a['snapshot_epoch'], [(a[f'snapshot_{kind}_loss'], label) for kind, label in kinds.items()], yscale='log', ylabel='loss (nats)')
+        lines = {'all inputs': a['snapshot_full_loss'], 'all inputs, key only': a['snapshot_restricted_loss'],
+                 'training inputs': a['snapshot_train_losses'][:, 0], 'training inputs, without key': a['snapshot_excluded_loss']}
+        log_lines(losses, a['snapshot_epoch'], lines, yscale='log', ylabel='loss (nats)')
     fig.suptitle(f'{run.name}: key frequencies {", ".join(map(str, key))}')
     return fig
 
@@ -313,7 +321,7 @@ def embedding(runs):
 
 
 def draw_norms(ax, run, norms, most):
-    null, line = run.arrays['W_E_norms_initial'], norms.mean() + 2 * norms.std(ddof=1)
+    null, line = run.arrays['W_E_norms_initial'], analyze.threshold(torch.tensor(norms)).item()
     k = np.arange(1, len(norms) + 1)
     ax.bar(k, norms, color=np.where(norms > line, ORANGE, BLUE))
     ax.axhline(line, c=ORANGE, ls='--', lw=0.8, label='mean + 2 sd')
@@ -350,17 +358,20 @@ def attention(runs):
 # ---------------------------------------------------------------------------------------------------- animation, main
 
 DATA = [polar, inputs, targets]
-SINGLE = [accuracy, loss, gradients, singular_vectors, neuron, waves, variance, omega, clusters, mechanism]
-COMPARED = [positional, singular_values, embedding, neurons, attention]
+SINGLE = dict.fromkeys((accuracy, loss, gradients), 'metrics.npz') | {singular_vectors: ''} | dict.fromkeys((neuron, waves, clusters), 'neurons') \
+    | {variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum'}
+COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: ''}
+KEYS = {'': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest', 'spectra or snapshots of neurons': 'omega_epoch',
+        'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch', 'snapshots': 'snapshot_W_E_norms'}  # what shows that a run has it
+ANIMATED = dict(waves='recorded spectra', embedding='snapshots')
 
 
 def animate(run, what):
     """Through training, a frame per record: `waves` from the recorded spectra, `embedding` from the snapshots."""
     if what == 'waves':
-        r, draw = run.records, draw_waves
-        epochs, frames = r['spectra_epoch'], analyze.recorded_share(r)
+        draw, epochs, frames = draw_waves, run.records['spectra_epoch'], analyze.recorded_share(run.records)
     else:
-        epochs, frames, draw = run.arrays['snapshot_epoch'], run.arrays['snapshot_W_E_norms'], draw_norms
+        draw, epochs, frames = draw_norms, run.arrays['snapshot_epoch'], run.arrays['snapshot_W_E_norms']
     fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
 
     def frame(i):
@@ -371,36 +382,40 @@ def animate(run, what):
 
 
 def main(argv):
-    by_name = {f.__name__: f for f in DATA + SINGLE + COMPARED}
+    by_name = {f.__name__: f for f in [*DATA, *SINGLE, *COMPARED]}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
     parser.add_argument('--data', action='store_true', help='the figures that need no run: ' + ', '.join(f.__name__ for f in DATA))
     parser.add_argument('--only', metavar='NAME', choices=by_name, help='one figure: ' + ', '.join(by_name))
-    parser.add_argument('--animate', choices=('waves', 'embedding'), help='also a GIF through training')
+    parser.add_argument('--animate', choices=ANIMATED, help='also a GIF through training')
     args = parser.parse_args(argv)
-    if not args.runs and not args.data:
+    if not args.runs and (args.animate or not args.data):
         raise Refusal('name a run folder, or --data for the figures that need none')
+    if args.only and not (args.data if by_name[args.only] in DATA else args.runs):
+        raise Refusal(f'{args.only} needs ' + ('--data' if by_name[args.only] in DATA else 'a run folder'))
+
     matplotlib.use('Agg')
     runs = [Run(path) for path in args.runs]
-    jobs = [(f, (), Path('out')) for f in DATA if args.data] + [(f, (run,), run.path) for run in runs for f in SINGLE]
-    jobs += [(f, (runs,), runs[0].path) for f in COMPARED if runs]
-    jobs = [job for job in jobs if args.only in (None, job[0].__name__)] + [(animate, (run, args.animate), run.path) for run in runs if args.animate]
+    jobs = [(f.__name__, f, [], '', Path('out')) for f in DATA if args.data]  # name, function, runs, what they need, folder
+    jobs += [(f.__name__, lambda run, f=f: f(run[0]), [run], needs, run.path) for run in runs for f, needs in SINGLE.items()]
+    jobs += [(f.__name__, f, runs, needs, runs[0].path) for f, needs in COMPARED.items() if runs]
+    jobs = [job for job in jobs if args.only in (None, job[0])]
+    jobs += [(args.animate, None, [run], ANIMATED[args.animate], run.path) for run in runs if args.animate]
     with plt.rc_context(STYLE):
-        for f, given, folder in jobs:
-            name = args.animate if f is animate else f.__name__
-            try:
-                figure = f(*given)
-            except KeyError as e:
-                print(f'note: {folder}: {name} not drawn, the run has no {e.args[0]}')
+        for name, draw, given, needs, folder in jobs:
+            lacking = [str(run.path) for run in given if KEYS[needs] not in run.arrays | run.records]
+            if lacking:
+                print(f'note: {name} not {"drawn" if draw else "animated"}: {" and ".join(lacking)} without {needs}')
                 continue
-            file = folder / 'figures' / f'{name}.{"gif" if f is animate else "png"}'
+            file = folder / 'figures' / f'{name}.{"png" if draw else "gif"}'
             file.parent.mkdir(parents=True, exist_ok=True)
-            if f is animate:
-                figure.save(file, PillowWriter(fps=6))
-            else:
+            if draw:
+                figure = draw(given) if given else draw()
                 figure.savefig(file)
                 figure.savefig(file.with_suffix('.svg'))
+            else:
+                animate(given[0], name).save(file, PillowWriter(fps=6))
             plt.close('all')
             print(file, flush=True)
 

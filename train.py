@@ -193,7 +193,7 @@ class Run:
             B, n = sum(q // 2 for q in d.classes), -(-o.epochs // o.spectra_every)
             if analyze.wave_memory(o.p, d.classes) > analyze.MAX_MEMORY:
                 raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
-            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=3)
+            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
             self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
         if ckpt:
             self.restore(ckpt)
