@@ -42,12 +42,12 @@ def active(spectrum):
 def gini(x):
     """Gini coefficient of n values >= 0: 0 if all are equal, near 1 if one has everything."""
     n = len(x)
-    return ((2 * torch.arange(1, n + 1) - n - 1) * x.sort().values).sum() / (n * x.sum())
+    return ((2 * torch.arange(1, n + 1) - n - 1) * x.sort().values).sum() / (n * x.sum()).clamp(min=1e-30)
 
 
 def effective(power):
     """How many of the entries carry it: (sum s)^2 / sum s^2."""
-    return power.sum() ** 2 / power.square().sum()
+    return power.sum() ** 2 / power.square().sum().clamp(min=1e-30)
 
 
 def wave_freqs(classes):
@@ -209,7 +209,7 @@ def mlp(neurons, p, freqs, solver):
 
     numbers = dict(zip(('marginals', 'sum_waves', 'difference_waves', 'rest'), split.mean(1) / total.mean().clamp(min=1e-30)))
     numbers |= dict(zip(('active_bins', 'active_averaged'), active_counts(dft, alive)))
-    numbers |= dict(waves=has.sum(), waves_effective=effective(share[0].clamp(min=1e-30)), primes=len(freqs[has, 0].unique()))
+    numbers |= dict(waves=has.sum(), waves_effective=effective(share[0].clamp(min=0)), primes=len(freqs[has, 0].unique()))
     numbers |= dict(neurons_alive=alive.sum(), dft_share=k_share.median(), wave_share=wave_share.median(), pure=pure.sum(), clusters=len(wave_best[pure].unique()))
     return numbers, dict(
         spectrum=dft.mean((1, 2)), neuron_ids=shown, neurons=neurons[:, shown].T.view(-1, p, p).mT, neurons_dft=dft[..., shown].permute(2, 1, 0),

@@ -508,8 +508,8 @@ def test_a_hand_built_adder_is_taken_apart(tmp_path):
     numbers, _ = analyze.analyse(tmp_path)
     a, n = np.load(tmp_path / 'analysis.npz'), numbers['final']
     d, net = data.make('nanda', p), Transformer(p, 32, 4, p)
-    net.load_state_dict(hand_built(p, keys))
-    logits = net(d.x, acts=(acts := {})).detach()
+    net.requires_grad_(False).load_state_dict(hand_built(p, keys))
+    logits = net(d.x, acts=(acts := {}))
     waves = torch.stack([wave(2 * torch.pi * k * (d.x[:, 0] + d.x[:, 1]) / p) for k in keys for wave in (torch.cos, torch.sin)], 1)
     fitted = waves @ torch.linalg.lstsq(waves, logits).solution   # restricted and excluded loss by a plain least-squares fit
     rows = data.split(p * p, numbers['config']['train_frac'])[0]
