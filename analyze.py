@@ -181,9 +181,10 @@ def positions(W_pos):
 
 
 def attention(att, p):
-    """Attention of the last token, (p^2, 3, H). The score of a head is +1 if it attends x0 alone, -1 if x1 alone, 0 if both alike."""
+    """Attention of the last token, (p^2, 3, H). The score of a head, its mean attention to x0 less that to x1, is +1 if it attends x0
+    alone, -1 if x1 alone, 0 if both alike."""
     x0, x1, _ = att.mean(0)
-    return dict(attention_score=(x0 - x1) / (x0 + x1)), dict(attention=att[:, 0].T.view(-1, p, p).mT)       # H, H x0 x1
+    return dict(attention_score=x0 - x1), dict(attention=att[:, 0].T.view(-1, p, p).mT)       # H, H x0 x1
 
 
 def mlp(neurons, p, freqs, solver):
@@ -258,6 +259,25 @@ def grok_epochs(acc, final):
 
 # ---------------------------------------------------------------------------------------------------- a run
 
+def load_records(folder, classes, epoch):
+    """metrics.npz of a run, checked and cut to the epochs before the checkpoint; {} if there is none or it is of another run."""
+    try:
+        r = dict(np.load(io.BytesIO(Path(folder, 'metrics.npz').read_bytes())))
+        Q, B = len(classes), sum(q // 2 for q in classes)
+        widths = dict(train_loss=Q, train_acc=Q, valid_loss=Q, valid_acc=Q, grad_norm=len(r['grad_norm_names']))
+        spectra = dict(sum_power=B, variance=2, active=2) if 'spectra_epoch' in r else {}
+        for name, width in (widths | spectra).items():
+            r[name] = r[name][:epoch if name in widths else int((r['spectra_epoch'] < epoch).sum())]
+            if r[name].shape[1:] != (width,) or name in widths and len(r[name]) != epoch:
+                return {}
+        for name in ('epoch', 'spectra_epoch'):
+            if name in r:
+                r[name] = r[name][r[name] < epoch]
+    except Exception:  # numpy raises many types on a damaged file
+        return {}
+    return r
+
+
 class Folder:
     """A run folder, checked: options, data, network, weights now, at initialisation and at the snapshots, records (metrics.npz, {}
     without). `missing` says what is not there. Raises Refusal."""
@@ -280,7 +300,7 @@ class Folder:
         self.final = ckpt['model']
         self.use(self.final, 'ckpt.pt')
 
-        self.snapshots, self.records, self.missing = {self.epoch: self.final}, {}, []
+        self.snapshots, self.missing = {self.epoch: self.final}, []
         for file in sorted((self.path / 'snapshots').glob('*.pt')):
             try:
                 snap = load(file, ('model', 'step'))
@@ -291,18 +311,11 @@ class Folder:
                 self.missing.append(f'{e}; going on without it')
         if len(self.snapshots) == 1:
             self.missing.append(f'{path} has no weight snapshots: nothing over snapshots')
-        try:
-            records, Q = dict(np.load(io.BytesIO((self.path / 'metrics.npz').read_bytes()))), len(self.data.names)
-            if any(records[f'{part}_{kind}'][:self.epoch].shape != (self.epoch, Q) for part in ('train', 'valid') for kind in ('loss', 'acc')):
-                raise ValueError
-            if 'spectra_epoch' not in records:
-                self.missing.append(f'{path} recorded no spectra: between the snapshots no frequencies')
-            elif records['sum_power'].shape[1:] != (len(wave_freqs(self.data.classes)),) or records['active'].shape[1:] != (2,):
-                raise ValueError
-            self.records = records
-        except Exception:
-            if self.epoch:
-                self.missing.append(f'{path} has no metrics.npz of this run: no grokking epochs, no curves over epochs')
+        self.records = load_records(self.path, self.data.classes, self.epoch)
+        if self.epoch and not self.records:
+            self.missing.append(f'{path} has no metrics.npz of this run and version: no grokking epochs, no curves over epochs')
+        elif self.epoch and 'spectra_epoch' not in self.records:
+            self.missing.append(f'{path} recorded no spectra: between the snapshots no frequencies')
 
     def use(self, weights, name):
         """Put weights into the network. Raises Refusal if they are of another p or size, or not finite."""
@@ -359,8 +372,8 @@ def grokking(run, final, snaps):
     """
     out, r = [], run.records
     for i, name in enumerate(run.data.names if r else []):
-        first, held = grok_epochs(r['valid_acc'][:run.epoch, i], final['valid_accuracies'][i])
-        fitted = np.flatnonzero(r['train_acc'][:run.epoch, i] >= 0.99).tolist()
+        first, held = grok_epochs(r['valid_acc'][:, i], final['valid_accuracies'][i])
+        fitted = np.flatnonzero(r['train_acc'][:, i] >= 0.99).tolist()
         if snaps:
             fitted += snaps['snapshot_epoch'][snaps['snapshot_train_accuracies'][:, i] >= 0.99].tolist()
         train = min(fitted, default=None)
@@ -374,7 +387,7 @@ def omega(run, snaps):
     at, r = {}, run.records
     if 'spectra_epoch' in r:
         counts = np.column_stack([r['active'], carried(torch.from_numpy(recorded_share(r)), run.p).sum(1)])
-        at |= {e: row for e, *row in zip(r['spectra_epoch'].tolist(), counts, r['spectrum']) if e < run.epoch}
+        at |= {e: row for e, *row in zip(r['spectra_epoch'].tolist(), counts, r['spectrum'])}
     if snaps:
         counts = np.column_stack([snaps[f'snapshot_{k}'] for k in ('active_bins', 'active_averaged', 'waves')])
         at |= {e: row for e, *row in zip(snaps['snapshot_epoch'].tolist(), counts, snaps['snapshot_spectrum'])}

@@ -122,6 +122,8 @@ def run_script(main):
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)           # M_MMAP_MAX, M_TRIM_THRESHOLD
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # who reads our output has seen enough
+        os._exit(1)
     except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
         text = str(e) if isinstance(e, Refusal) else ' '.join(repr(e).split())[:300]
         print('\n' * sys.stdout.isatty() + f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)  # not behind a progress line

@@ -9,7 +9,9 @@
 Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the checkpoint or than it) and metrics.npz.
 """
 import argparse
+import io
 import json
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +24,7 @@ from matplotlib.colors import LogNorm, PowerNorm
 
 import analyze
 import data
-from data import Refusal, refuse
+from data import Refusal, refuse, write
 
 CORNER = 37  # of a large grid only the top left corner is drawn square by square, as in the paper
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told apart in every kind of colour vision, and in print
@@ -35,28 +37,31 @@ class Run:
 
     def __init__(self, path):
         self.path, (j, z) = Path(path), (Path(path, 'analysis.json'), Path(path, 'analysis.npz'))
-        sources = [f.stat().st_mtime for f in (self.path / 'ckpt.pt', Path(analyze.__file__)) if f.exists()]
+        sources = [f.stat().st_mtime for f in (Path(analyze.__file__), *(self.path / n for n in ('ckpt.pt', 'metrics.npz', 'snapshots'))) if f.exists()]
         if not all(f.exists() and f.stat().st_mtime >= max(sources) for f in (j, z)):
-            print(f'{path}: no up-to-date analysis yet, making one', flush=True)
+            if (self.path / 'ckpt.pt').exists():
+                print(f'{path}: no up-to-date analysis yet, making one', flush=True)
             for note in analyze.analyse(path)[1]:
                 print(f'note: {note}')
         try:
             self.numbers, self.arrays = json.loads(j.read_text()), dict(np.load(z))
             self.config, self.final, self.epoch = (self.numbers[k] for k in ('config', 'final', 'epoch'))
-            self.p, self.tasks = self.config['p'], [str(q) for q in self.arrays['classes']]
+            self.p, self.task, self.classes = self.config['p'], self.config['task'], self.arrays['classes'].tolist()
         except Exception as e:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
-        try:
-            self.records = dict(np.load(self.path / 'metrics.npz'))
-        except Exception:
-            self.records = {}
-        self.name = f'{self.config["task"]}, p = {self.p}, {"" if self.config["dropout"] else "no dropout, "}epoch {self.epoch:,}'
+        self.records = analyze.load_records(self.path, self.classes, self.epoch)
+        self.tasks = [str(q) for q in self.classes]
+        self.label = self.task if self.path.name == self.task else f'{self.task} ({self.path.name})'
+        self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
 
 def hinton(ax, grid, corner=CORNER, **labels):
-    """A grid of squares whose area is the magnitude, filled if positive, hollow if negative; row 0 on top."""
+    """A grid of squares whose area is the magnitude, filled if positive, hollow if negative; row 0 on top. An axis that is cut says so."""
+    for axis, n in zip(('ylabel', 'xlabel'), np.shape(grid)):
+        if n > corner and axis in labels:
+            labels[axis] += f', the first {corner} of {n}'
     grid = np.asarray(grid, float)[:corner, :corner]
     i, j = np.nonzero(grid)
     value = grid[i, j]
@@ -166,14 +171,14 @@ def singular_vectors(run):
     rows = min(n, CORNER)
     fig, ax = plt.subplots(figsize=(7.5, 0.8 + 7 * rows / CORNER))
     hinton(ax, run.arrays['left_vectors'].T[:rows], xlabel='digit', ylabel='vector')
-    fig.suptitle(f'{run.name}: left singular vectors of W_E, {rows} of the {n} that make half of the sum of singular values')
+    fig.suptitle(f'{run.name}: left singular vectors of W_E up to half of the sum ({rows} of {n})')
     return fig
 
 
 def neuron(run):
     """Figure 4: one neuron over the inputs, and its spectrum: the one that has most of its interaction in one (q, k), q > 3."""
     a, i = run.arrays, run.arrays['neuron_ids'][3]
-    fig, axes = plt.subplots(1, 2, figsize=(7.5, 4))
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 4.2), width_ratios=(3, 2))
     draw_neuron(axes, a, 3)
     q, k = a['neuron_wave'][i]
     fig.suptitle(f'{run.name}: neuron {i}, with {a["neuron_wave_share"][i]:.0%} of its interaction in the waves of q = {q}, k = {k}')
@@ -186,7 +191,7 @@ def draw_neuron(axes, arrays, column):
     dft = np.fft.fftshift(arrays['neurons_dft'][column], axes=0)                     # x0 -p//2 .. p//2, x1 0 .. p//2
     h = len(dft) // 2 + 0.5
     axes[1].imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, h, h, -h))
-    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT| without the mean')
+    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT| without the mean\n(shades by its square root)')
 
 
 def waves(run):
@@ -194,7 +199,7 @@ def waves(run):
     a, n = run.arrays, run.final
     fig, ax = plt.subplots(figsize=(7.5, 4.2 if len(run.tasks) > 1 else 2.2))
     draw_waves(ax, run, a['wave_shares'][0], a['wave_shares'][0].max())
-    fig.suptitle(f'{run.name}: share of the neurons\' interaction in each sum wave; {n["waves"]} of {len(a["freqs"])} carried (filled)')
+    fig.suptitle(f'{run.name}: share of the neurons\' interaction in each sum wave; {n["waves"]} of {len(a["freqs"])} carried')
     return fig
 
 
@@ -206,7 +211,7 @@ def draw_waves(ax, run, share, most):
         return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
     ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
                edgecolors='k', linewidths=0.3)
-    ax.set(xlabel='frequency k/q (cycles per number)', ylabel='modulus q', xlim=(0, 0.51), ylim=(len(run.tasks), -1))
+    ax.set(xlabel=f'frequency k/q (cycles per number). Filled: carried. Largest area: {most:.2%}', ylabel='modulus q', xlim=(0, 0.51), ylim=(len(run.tasks), -1))
     ax.set_yticks(range(len(run.tasks)), run.tasks, fontsize=6)
 
 
@@ -235,7 +240,7 @@ def omega(run):
     fig, (top, ax) = plt.subplots(2, 1, figsize=(7.5, 4.8), sharex=True)
     mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, np.arange(0.5, spectrum.shape[1] + 1),
                           (spectrum / spectrum.max(1, keepdims=True)).T, rasterized=True)
-    fig.colorbar(mesh, ax=top, label='amplitude / largest', pad=0.02)
+    fig.colorbar(mesh, ax=top, label='amplitude / largest of its epoch', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
     lines = {'waves (q, k) that the layer carries: no leakage': counts[:, 2],
              'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule': counts[:, 0],
@@ -278,7 +283,7 @@ def mechanism(run):
         lines = {'all inputs': a['snapshot_full_loss'], 'all inputs, key only': a['snapshot_restricted_loss'],
                  'training inputs': a['snapshot_train_losses'][:, 0], 'training inputs, without key': a['snapshot_excluded_loss']}
         log_lines(losses, a['snapshot_epoch'], lines, yscale='log', ylabel='loss (nats)')
-    fig.suptitle(f'{run.name}: key frequencies {", ".join(map(str, key))}')
+    fig.suptitle(f'{run.name}: key frequencies {", ".join(map(str, key)) or "none"}')
     return fig
 
 
@@ -286,9 +291,9 @@ def mechanism(run):
 
 def positional(runs):
     """Figure 7: positional embeddings of the two digits."""
-    fig, axes = plt.subplots(len(runs), 1, figsize=(7.5, 0.2 + 0.9 * len(runs)), squeeze=False)
+    fig, axes = plt.subplots(len(runs), 1, figsize=(7.5, 0.2 + 1.1 * len(runs)), squeeze=False)
     for ax, run in zip(axes[:, 0], runs):
-        hinton(ax, run.arrays['W_pos'][:2, :CORNER], title=f'{run.name}: W_pos, first dimensions; Pearson {run.final["W_pos_pearson"]:.2f}')
+        hinton(ax, run.arrays['W_pos'][:2], xlabel='dimension', title=f'{run.name}: W_pos, Pearson {run.final["W_pos_pearson"]:.2f} over all dimensions')
         ax.set_yticks((0, 1), ('x0', 'x1'))
     return fig
 
@@ -342,16 +347,16 @@ def neurons(runs):
 
 def attention(runs):
     """Attention from the last token to x0, head by head, over the inputs."""
-    heads = max(len(run.arrays['attention']) for run in runs)
+    heads = min(8, max(len(run.arrays['attention']) for run in runs))  # more would be too small to see
     fig, axes = plt.subplots(len(runs), heads, figsize=(7.5, 0.5 + 7 / heads * len(runs)), squeeze=False)
     for row, run in zip(axes, runs):
         for ax in row[len(run.arrays['attention']):]:
             ax.axis('off')
         for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'], run.final['attention_score'])):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
-            ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.config["task"]}\nx0')
+            ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.label}\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
-    fig.suptitle('attention of the last token: ' + '; '.join(run.name for run in runs) + '\n(score +1: to x0 alone, -1: to x1 alone, 0: to both alike)')
+    fig.suptitle('attention of the last token: ' + '; '.join(run.name for run in runs) + f'\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
     return fig
 
 
@@ -377,7 +382,7 @@ def animate(run, what):
     def frame(i):
         ax.clear()
         draw(ax, run, frames[i], frames.max())
-        ax.set_title(f'{run.config["task"]}, p = {run.p}, epoch {epochs[i]:,}: ' + ('interaction of the neurons by (q, k)' if what == 'waves' else 'W_E by frequency'))
+        ax.set_title(f'{run.label}, p = {run.p}, epoch {epochs[i]:,}: ' + ('interaction of the neurons by (q, k)' if what == 'waves' else 'W_E by frequency'))
     return FuncAnimation(fig, frame, len(frames))
 
 
@@ -402,6 +407,7 @@ def main(argv):
     jobs += [(f.__name__, f, runs, needs, runs[0].path) for f, needs in COMPARED.items() if runs]
     jobs = [job for job in jobs if args.only in (None, job[0])]
     jobs += [(args.animate, None, [run], ANIMATED[args.animate], run.path) for run in runs if args.animate]
+    drawn = 0
     with plt.rc_context(STYLE):
         for name, draw, given, needs, folder in jobs:
             lacking = [str(run.path) for run in given if KEYS[needs] not in run.arrays | run.records]
@@ -409,15 +415,20 @@ def main(argv):
                 print(f'note: {name} not {"drawn" if draw else "animated"}: {" and ".join(lacking)} without {needs}')
                 continue
             file = folder / 'figures' / f'{name}.{"png" if draw else "gif"}'
-            file.parent.mkdir(parents=True, exist_ok=True)
             if draw:
                 figure = draw(given) if given else draw()
-                figure.savefig(file)
-                figure.savefig(file.with_suffix('.svg'))
+                for kind in ('svg', 'png'):
+                    figure.savefig(buffer := io.BytesIO(), format=kind)
+                    write(file.with_suffix(f'.{kind}'), buffer.getvalue())
             else:
-                animate(given[0], name).save(file, PillowWriter(fps=6))
+                with tempfile.TemporaryDirectory() as beside:
+                    animate(given[0], name).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
+                    write(file, Path(beside, 'a.gif').read_bytes())
             plt.close('all')
+            drawn += 1
             print(file, flush=True)
+    if not drawn:
+        raise Refusal('nothing drawn')
 
 
 if __name__ == '__main__':

@@ -358,7 +358,7 @@ def train(run):
 
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     step, record_spectra = run.captured(run.step), run.captured(run.record_spectra)
-    began = saved_at = time.perf_counter()
+    began, saved_at, start = time.perf_counter(), time.perf_counter(), run.epoch
     line_at, wall_before, save_cost, chunk, rate, row = -math.inf, run.wall_s, 0.0, 1, 0.0, None
     try:
         while run.epoch < o.epochs and not signals:
@@ -374,10 +374,10 @@ def train(run):
             row = check_finite(run, first)
             now = time.perf_counter()
             speed = (run.epoch - first) / (now - chunk_began)
-            rate = 0.8 * rate + 0.2 * speed if rate else speed
+            rate = 0.8 * rate + 0.2 * speed if first > start + 1 else speed  # the first epoch has much to set up
             chunk = max(1, min(2 * chunk, int(speed)))
             run.wall_s = wall_before + now - began
-            if sys.stdout.isatty() or now - line_at > LINE_EVERY:
+            if first > start and (sys.stdout.isatty() or now - line_at > LINE_EVERY):
                 line_at = now
                 progress(run, row, rate)
             if now - saved_at > max(SAVE_EVERY, 20 * save_cost):
