@@ -434,6 +434,15 @@ def test_the_wave_is_found_after_relu(at_113):
     assert abs(total - 1) < 1e-4 and torch.allclose(arrays['neuron_split'].sum(0), torch.ones(40), atol=1e-3)
 
 
+def test_the_p_dft_share_counts_every_wave_of_a_frequency():
+    """Sum, difference and both marginals of a frequency k mod p are wholly k's own."""
+    p, x0 = 31, torch.arange(31 ** 2) % 31
+    neurons = torch.stack([plane_wave(p, p, 5, 1), plane_wave(p, p, 7, 1, -1), torch.cos(2 * torch.pi * 3 * x0 / p), torch.cos(2 * torch.pi * 4 * (torch.arange(p * p) // p) / p)], 1)
+    numbers, arrays = analyze.mlp(neurons + 1, p, analyze.wave_freqs([p]), analyze.wave_solver(p, analyze.waves(p, [p], 1)))
+    assert arrays['neuron_k'].tolist() == [5, 7, 3, 4] and torch.allclose(arrays['neuron_k_share'], torch.ones(4), atol=1e-4)
+    assert torch.allclose(arrays['neuron_split'], torch.tensor([[0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0.0]]), atol=1e-4)
+
+
 def test_fft_against_a_plain_dft():
     p, W = 13, torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
     n = torch.arange(p)
@@ -459,6 +468,9 @@ def test_statistics_against_known_values():
     Q = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0))).Q
     numbers, arrays = analyze.embedding(Q * S @ Q.T)
     assert torch.allclose(arrays['singular_values'], S, atol=1e-5) and (numbers['W_E_n50'], numbers['W_E_n90']) == (2, 4)
+    norms = (torch.fft.rfft(Q * S @ Q.T, dim=0)[1:].abs().square().sum(1) * 2 / 7).sqrt()
+    assert torch.allclose(arrays['W_E_norms'], norms, atol=1e-4) and torch.isclose(numbers['W_E_gini'], analyze.gini(norms), atol=1e-4)
+    assert torch.isclose(numbers['W_E_effective'], norms.square().sum() ** 2 / norms.pow(4).sum(), atol=1e-4)
     same = (arrays['left_vectors'] * Q).sum(0).abs()  # the last two values are equal, their vectors free
     assert torch.allclose(same[:5], torch.ones(5), atol=1e-3)
 
