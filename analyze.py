@@ -211,7 +211,8 @@ def mlp(neurons, p, freqs, solver):
     numbers = dict(zip(('marginals', 'sum_waves', 'difference_waves', 'rest'), split.mean(1) / total.mean().clamp(min=1e-30)))
     numbers |= dict(zip(('active_bins', 'active_averaged'), active_counts(dft, alive)))
     numbers |= dict(waves=has.sum(), waves_effective=effective(share[0].clamp(min=0)), primes=len(freqs[has, 0].unique()))
-    numbers |= dict(neurons_alive=alive.sum(), dft_share=k_share.median(), wave_share=wave_share.median(), pure=pure.sum(), clusters=len(wave_best[pure].unique()))
+    numbers |= dict(neurons_alive=alive.sum(), dft_share=k_share.median(), wave_share=wave_share.median())
+    numbers |= dict(pure=pure.sum(), clusters=len(wave_best[pure].unique()))
     return numbers, dict(
         spectrum=dft.mean((1, 2)), neuron_ids=shown, neurons=neurons[:, shown].T.view(-1, p, p).mT, neurons_dft=dft[..., shown].permute(2, 1, 0),
         wave_shares=share, neuron_split=split / total.clamp(min=1e-30) * alive, neuron_wave=freqs[wave_best], neuron_wave_share=wave_share,

@@ -211,7 +211,8 @@ def draw_waves(ax, run, share, most):
         return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
     ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
                edgecolors='k', linewidths=0.3)
-    ax.set(xlabel=f'frequency k/q (cycles per number). Filled: carried. Largest area: {most:.2%}', ylabel='modulus q', xlim=(0, 0.51), ylim=(len(run.tasks), -1))
+    ax.set(xlabel=f'frequency k/q (cycles per number). Filled: carried. Largest area: {most:.2%}', ylabel='modulus q')
+    ax.set(xlim=(0, 0.51), ylim=(len(run.tasks), -1))
     ax.set_yticks(range(len(run.tasks)), run.tasks, fontsize=6)
 
 
@@ -255,8 +256,8 @@ def clusters(run):
     """How pure the neurons are, and which modulus (or frequency) they serve."""
     a, one = run.arrays, len(run.tasks) == 1
     fig, (ax, bars) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(2, 3))
-    for y, colour, dash, label in ((a['neuron_wave_share'], BLUE, '-', 'of interaction, at best (q, k)'), (a['neuron_k_share'], ORANGE, '--', 'of variance, at best k of the p-DFT')):
-        ax.plot(np.sort(y)[::-1], c=colour, ls=dash, label=label)
+    ax.plot(np.sort(a['neuron_wave_share'])[::-1], c=BLUE, label='of interaction, at best (q, k)')
+    ax.plot(np.sort(a['neuron_k_share'])[::-1], c=ORANGE, ls='--', label='of variance, at best k of the p-DFT')
     ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.25), yticks=(0, 0.5, 1))
     ax.legend(loc='upper right')
     pure = a['neuron_wave_share'] > 0.5
@@ -356,18 +357,22 @@ def attention(runs):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
             ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.label}\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
-    fig.suptitle('attention of the last token: ' + '; '.join(run.name for run in runs) + f'\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
+    names = '; '.join(run.name for run in runs)
+    fig.suptitle(f'attention of the last token: {names}\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
     return fig
 
 
 # ---------------------------------------------------------------------------------------------------- animation, main
 
 DATA = [polar, inputs, targets]
-SINGLE = dict.fromkeys((accuracy, loss, gradients), 'metrics.npz') | {singular_vectors: ''} | dict.fromkeys((neuron, waves, clusters), 'neurons') \
-    | {variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum'}
+SINGLE = {  # with what a run must have for it
+    accuracy: 'metrics.npz', loss: 'metrics.npz', gradients: 'metrics.npz', singular_vectors: '', neuron: 'neurons', waves: 'neurons', clusters: 'neurons',
+    variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum'}
 COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: ''}
-KEYS = {'': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest', 'spectra or snapshots of neurons': 'omega_epoch',
-        'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch', 'snapshots': 'snapshot_W_E_norms'}  # what shows that a run has it
+KEYS = {  # the array that shows it
+    '': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest',
+    'spectra or snapshots of neurons': 'omega_epoch', 'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch',
+    'snapshots': 'snapshot_W_E_norms'}
 ANIMATED = dict(waves='recorded spectra', embedding='snapshots')
 
 
