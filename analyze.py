@@ -59,7 +59,7 @@ MAX_MEMORY = 6e9  # bytes: above that no waves are fitted
 
 
 def wave_memory(p, classes):
-    """Bytes that `wave_solver` needs at its peak."""
+    """Bytes that `waves` and `wave_solver` need, about: three times the waves themselves."""
     return 48 * sum(q // 2 for q in classes) * p ** 2
 
 
@@ -101,25 +101,27 @@ def varies(neurons):
 def decompose(neurons, p, solver):
     """Where the variance of each activation (p^2, F) lies; all 0 if it does not vary.
 
+    alive      (F,)       whether it varies
     variance   (F,)       in all
     marginals  (F,)       in functions of x0 alone and of x1 alone; the rest is the interaction
     waves      (2, B, F)  in the sum wave and in the difference wave of each (q, k), cos and sin together. Their sum is what
                           the joint fit explains. White noise has 1/(p-1)^2 of its interaction in each cosine and each sine on
                           average, however alike two waves may be; a single entry can be negative, or more than there is.
+    products   (4B, F)    with the interactions of the waves, for `single_waves`
     """
     inter, _, inv = solver
-    neurons = neurons * varies(neurons)
+    alive = varies(neurons)
+    neurons = neurons * alive
     grid, b = neurons.view(p, p, -1), inter @ neurons                                # x1 x0 F, 4B F
-    return dict(variance=neurons.var(0, correction=0), marginals=sum(grid.mean(axis).var(0, correction=0) for axis in (0, 1)),
-                waves=(b * (inv @ b)).view(2, 2, -1, b.shape[1]).sum(1) / p ** 2)
+    return dict(alive=alive, variance=neurons.var(0, correction=0), marginals=sum(grid.mean(axis).var(0, correction=0) for axis in (0, 1)),
+                products=b, waves=(b * (inv @ b)).view(2, 2, -1, b.shape[1]).sum(1) / p ** 2)
 
 
-def single_waves(neurons, p, solver):
-    """Variance of each activation that the sum and the difference wave of one (q, k) explain without the others, (B, F): never
-    negative, and never more than its interaction."""
-    inter, gram, _ = solver
-    B = len(inter) // 4
-    b = (inter @ neurons).view(4, B, -1)
+def single_waves(products, p, solver):
+    """Variance of each activation that the sum and the difference wave of one (q, k) explain without the others, (B, F), from its
+    products with all waves (4B, F): never negative, and never more than its interaction."""
+    gram, B = solver[1], len(products) // 4
+    b = products.view(4, B, -1)
     blocks = gram.view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1)         # B 4 4
     return torch.einsum('ibf,bij,jbf->bf', b, torch.linalg.inv(blocks), b) / p ** 2
 
@@ -151,12 +153,12 @@ def neuron_spectra(neurons, p, solver):
     """
     parts, dft = decompose(neurons, p, solver), dft2(neurons, p)
     return dict(spectrum=dft.mean((1, 2)), sum_power=parts['waves'][0].mean(1), difference_power=parts['waves'][1].mean(1),
-                variance=torch.stack([parts['variance'].mean(), parts['marginals'].mean()]), active=active_counts(dft, varies(neurons)))
+                variance=torch.stack([parts['variance'].mean(), parts['marginals'].mean()]), active=active_counts(dft, parts['alive']))
 
 
 def carried(share, p):
     """Which (q, k) a layer carries, (..., B) bool, from the share of its interaction in each sum wave (..., B): those with more than
-    the average (q, k), and more than ten times what white noise has. In 28 random networks (14 seeds of miiii and of nanda,
+    the average (q, k), and more than ten times what white noise has (twenty for q = 2, which has no sine). In 28 random networks (14 seeds of miiii and of nanda,
     p = 113) none had more than 7.7 times."""
     return share > share.mean(-1, keepdim=True).clamp(min=20 / (p - 1) ** 2)
 
@@ -195,14 +197,13 @@ def mlp(neurons, p, freqs, solver):
     explain. A neuron that does not vary has 0 of everything.
     """
     parts, dft = decompose(neurons, p, solver), dft2(neurons, p)
-    alive = varies(neurons)
-    total, inter = parts['variance'], (parts['variance'] - parts['marginals']).clamp(min=1e-30)
+    alive, total, inter = parts['alive'], parts['variance'], (parts['variance'] - parts['marginals']).clamp(min=1e-30)
     split = torch.stack([parts['marginals'], *parts['waves'].sum(1), inter - parts['waves'].sum((0, 1))])   # 4 F
 
     k, power = torch.arange(1, p // 2 + 1), dft.square()
     folded = power[0, k] + power[0, -k] + 2 * (power[k, 0] + power[k, k] + power[k, -k])    # p//2 F
     k_share, k_best = (folded / total.clamp(min=1e-30) * alive).max(0)
-    wave_share, wave_best = (single_waves(neurons, p, solver) / inter * alive).max(0)
+    wave_share, wave_best = (single_waves(parts['products'], p, solver) / inter * alive).max(0)
     share = parts['waves'].mean(2) / inter.mean()                                    # 2 B, of the layer's interaction
     has, pure = carried(share[0], p), wave_share > 0.5
     purest = (wave_share * (freqs[wave_best, 0] > 3)).argmax()                       # mod 2 and 3 a wave is no picture
@@ -290,7 +291,7 @@ class Folder:
         ckpt = load(self.path / 'ckpt.pt')
         try:
             o = self.config = ckpt['config']
-            self.p, self.dropout, self.epoch = o['p'], o['dropout'], int(ckpt['step'])
+            self.p, self.epoch = o['p'], int(ckpt['step'])
             self.data = data.make(o['task'], self.p, o['data_seed'])
             self.rows = data.split(self.p ** 2, o['train_frac'], o['data_seed'])
             torch.manual_seed(o['seed'])

@@ -6,7 +6,7 @@
     python plots.py out/miiii --only waves       # one of them
     python plots.py out/miiii --animate waves    # and a GIF through training: waves or embedding
 
-Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the checkpoint or than it) and metrics.npz.
+Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the run or than it) and metrics.npz.
 """
 import argparse
 import io

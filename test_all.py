@@ -393,7 +393,7 @@ def test_planted_waves_are_found_by_kind(at_113):
         parts, at = analyze.decompose(neurons, p, solver), [i for i in torch.linspace(0, 725, 60).long().tolist() if freqs[i, 0] > 2 or sign == 1]
         share = parts['waves'] / parts['variance']
         assert all(share[row, i, j] > 0.99 for j, i in enumerate(at))
-        single = analyze.single_waves(neurons, p, solver)
+        single = analyze.single_waves(parts['products'], p, solver)
         assert (single.argmax(0) == torch.tensor(at)).all() and (single <= 1.001 * (parts['variance'] - parts['marginals'])).all()
     marginal = torch.cos(2 * torch.pi * 7 * torch.arange(p * p).remainder(p) / 101)[:, None]
     parts = analyze.decompose(marginal, p, solver)
