@@ -17,7 +17,7 @@ import torch
 
 import data
 from data import Refusal, load, refuse, write
-from model import Transformer, task_losses
+from model import Transformer, set_precision, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- spectra
@@ -342,7 +342,7 @@ def measure(run, weights, solver, key=None):
     if d.classes == [run.p] and d.stride == 1:
         parts.append(mechanism(logits, d, run.rows[0], key))
     for part, rows in zip(('train', 'valid'), run.rows):
-        loss, acc = task_losses(logits[rows], d.y[rows], d.classes)
+        loss, acc, _ = task_losses(logits[rows], d.y[rows], d.classes)
         parts.append(({f'{part}_losses': loss, f'{part}_accuracies': acc}, {}))
     numbers, arrays = {}, {}
     for some_numbers, some_arrays in parts:
@@ -399,6 +399,7 @@ def omega(run, snaps):
 
 def analyse(path):
     """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz."""
+    set_precision('cpu', 'float32')
     run = Folder(path)
     d, p, solver = run.data, run.p, None
     if wave_memory(p, d.classes) < MAX_MEMORY:

@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py      # minutes on two CPU cores; what needs CUDA skips without it
 """
 import contextlib
+import copy
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import analyze
 import data
 import plots
 import train
-from model import Muon, Transformer, orthogonalize, task_losses
+from model import Muon, Transformer, fused_losses, orthogonalize, set_precision, task_losses
 
 HERE = Path(__file__).parent
 TINY = '--task miiii --p 11 --d_model 32 --n_heads 2 --precision float32 --device cpu'.split()
@@ -93,20 +94,6 @@ def test_data_refuses(task, p):
 
 # ------------------------------------------------------------------------------------------------ model
 
-def general_forward(W, x, drop):
-    """The model as the paper writes it: every position, plain attention, no reordering. W: dict of weights."""
-    H, D, K = W['W_Q'].shape
-    z = W['W_E'][x] + W['W_pos'][None]                           # N T D
-    out = torch.zeros_like(z)
-    for h in range(H):
-        q, k, v = (z @ W[name][h] for name in ('W_Q', 'W_K', 'W_V'))
-        att = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(K), dim=-1)   # N T T, from, to
-        out = out + att @ v @ W['W_O'][h]
-    z = (z + out) * drop[0][:, None]
-    z = (z + torch.relu(z @ W['W_in']) @ W['W_out']) * drop[1][:, None]
-    return (z @ W['W_U'])[:, -1]
-
-
 @pytest.mark.parametrize('n_ops', [1, 3])
 @pytest.mark.parametrize('rows', [1, 50])  # one mask for the batch, or one per example
 def test_model_is_the_general_forward_pass(n_ops, rows):
@@ -115,11 +102,25 @@ def test_model_is_the_general_forward_pass(n_ops, rows):
     net = Transformer(p, D, H, C, n_ops).double()
     x = torch.stack([torch.randint(p, (N,)), torch.randint(p, (N,)), p + torch.randint(n_ops, (N,))], 1)
     drop = torch.rand(2, rows, D, dtype=torch.float64)
-    logits, oracle = net(x, drop), general_forward(dict(net.named_parameters()), x, drop)
+    logits, oracle = net(x, drop), net.general_forward(x, drop)
     assert logits.shape == (N, C) and (logits - oracle).abs().max() < 1e-10
     grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in (logits, oracle)]
     for a, b in zip(*grads):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def test_saturated_attention_keeps_its_gradients():
+    """Scores 700 apart, gradients of W_Q and W_K some 1e-25 of the others: float32 agrees with the general form there too."""
+    torch.manual_seed(0)
+    net, x = Transformer(11, 24, 3, 17), data.make('nanda', 11).x
+    with torch.no_grad():
+        net.W_Q *= 10
+        net.W_K *= 10
+    logits, oracle = net(x), net.general_forward(x)
+    grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in (logits, oracle)]
+    assert 0 < grads[1][3].abs().max() < 1e-20 * grads[1][4].abs().max()
+    for a, b in zip([logits, *grads[0]], [oracle, *grads[1]]):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 def test_acts_are_those_of_the_forward_pass():
@@ -163,9 +164,7 @@ def test_loss_and_gradient_against_float64():
         grad64, = torch.autograd.grad(loss64.sum(), z64)
         assert loss64.min() < 1e-30 and loss64.max() > 990
         for i in range(len(margins)):  # row by row, so that large losses do not hide small ones
-            row = z[i:i + 1].clone().requires_grad_()
-            loss, _ = task_losses(row, t[i:i + 1, None], [q])
-            grad, = torch.autograd.grad(loss.sum(), row)
+            loss, _, grad = task_losses(z[i:i + 1], t[i:i + 1, None], [q])
             assert abs(loss.item() / loss64[i].item() - 1) < 1e-4
             assert (grad.double() - grad64[i]).abs().max() < 1e-4 * grad64[i].abs().max()
             assert (grad.double() - grad64[i])[0, t[i]].abs() < 1e-4 * grad64[i, t[i]].abs()
@@ -177,18 +176,31 @@ def test_loss_and_accuracy_against_torch_on_several_tasks():
     torch.manual_seed(0)
     d = data.make('miiii', 13)
     logits = torch.randn(169, sum(d.classes))
-    loss, acc = task_losses(logits, d.y, d.classes)
+    loss, acc, _ = task_losses(logits, d.y, d.classes)
     for i, z in enumerate(logits.split(d.classes, 1)):
         assert torch.allclose(loss[i], torch.nn.functional.cross_entropy(z, d.y[:, i]))
         assert acc[i] == (z.argmax(1) == d.y[:, i]).float().mean()
-    loss, _ = task_losses(torch.zeros(169, sum(d.classes)), d.y, d.classes)
+    loss, _, _ = task_losses(torch.zeros(169, sum(d.classes)), d.y, d.classes)
     assert torch.allclose(loss / torch.tensor(d.classes).log(), torch.ones(5))  # uniform guessing
+
+
+@pytest.mark.parametrize('task', ['miiii', 'nanda'])
+def test_fused_losses_are_task_losses(task):
+    """The form for CUDA, also on confident rows, and in memory that a training step gives away."""
+    torch.manual_seed(0)
+    d = data.make(task, 13)
+    logits, weight = torch.randn(169, sum(d.classes)) * torch.linspace(0, 30, 169)[:, None], torch.rand(len(d.classes))
+    fused = fused_losses(d.classes, 'cpu')(logits, d.y, d.classes, weight, overwrite=True)
+    for overwrite in (False, True):
+        before, plain = logits.clone(), task_losses(logits, d.y, d.classes, weight, overwrite)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-12) for a, b in zip(fused, plain))
+        assert torch.equal(logits, plain[2] if overwrite else before)
 
 
 def test_masked_leaves_its_columns_alone():
     run = make_run('--task', 'masked', '--p', 13, '--epochs', 1)
-    loss, _ = run.forward(*run.parts[0])
-    grad, = torch.autograd.grad(run.task_weight @ loss, [run.model.W_U])
+    logits, loss, _, grad = run.forward(*run.parts[0])
+    grad, = torch.autograd.grad(logits, [run.model.W_U], grad)
     assert run.data.classes == [2, 3, 5, 7, 11]
     assert (grad[:, :17] == 0).all() and (grad[:, 17:] != 0).any()
     assert torch.allclose(run.task_weight @ loss, loss[-1] / math.log(11))
@@ -205,8 +217,8 @@ def test_filter_and_adamw_against_a_plain_loop():
     memory = [torch.zeros_like(w) for w in params]
     for _ in range(30):
         run.step()
-        loss = twin.task_weight @ twin.forward(*twin.parts[0])[0]
-        for i, (w, g) in enumerate(zip(params, torch.autograd.grad(loss, params))):
+        logits, _, _, grad = twin.forward(*twin.parts[0])
+        for i, (w, g) in enumerate(zip(params, torch.autograd.grad(logits, params, grad))):
             memory[i] = 0.9 * memory[i] + 0.1 * g
             w.grad = g + 0.5 * memory[i]
         adamw.step()
@@ -258,12 +270,13 @@ def test_learning_rate_schedule():
 def test_first_losses_pinned_by_an_independent_float64_twin():
     """Mean loss / ln q of 40 epochs: the paper's model, loss, filter and AdamW written plainly in float64 from the same weights."""
     run = make_run(*'--optimizer adamw --lamb 0.5 --epochs 40 --dropout 0 --lr 1e-3 --weight_decay 1 --train_frac 0.5 --decay_from 0.4'.split())
-    W = {n: torch.nn.Parameter(w.detach().double()) for n, w in run.model.named_parameters()}
+    twin_model = copy.deepcopy(run.model).double()
+    W = dict(twin_model.named_parameters())
     memory, (x, y), twin = {n: 0 for n in W}, run.parts[0], []
     adamw = torch.optim.AdamW(W.values(), betas=(0.9, 0.98), weight_decay=1.0)
     for epoch in range(40):
         run.step()
-        logits = general_forward(W, x, torch.ones(2, 1, 32, dtype=torch.float64))
+        logits = twin_model.general_forward(x)
         loss = sum(torch.nn.functional.cross_entropy(z, t) / math.log(z.shape[1]) for z, t in zip(logits.split([2, 3, 5, 7], 1), y.T)) / 4
         adamw.zero_grad()
         loss.backward()
@@ -755,7 +768,7 @@ def test_run_folder(tmp_path):
     rows = data.split(121, 0.4)
     net = Transformer(11, 32, 2, 17)
     net.load_state_dict(torch.load(tmp_path / 'snapshots' / '00000016.pt', weights_only=True)['model'])
-    loss, acc = task_losses(net(d.x[rows[1]]), d.y[rows[1]], d.classes)
+    loss, acc, _ = task_losses(net(d.x[rows[1]]), d.y[rows[1]], d.classes)
     assert np.allclose(m['valid_loss'][16], loss.detach(), rtol=1e-4) and np.allclose(m['valid_acc'][16], acc)
     acts = {}
     net(d.x, acts=acts)
@@ -764,7 +777,7 @@ def test_run_folder(tmp_path):
         assert np.allclose(m[name][1], row, rtol=1e-3, atol=1e-6), name
     net.load_state_dict(ckpt['model'])
     for part, r in zip(('train', 'valid', 'test'), rows):
-        loss, acc = task_losses(net(d.x[r]), d.y[r], d.classes)
+        loss, acc, _ = task_losses(net(d.x[r]), d.y[r], d.classes)
         assert np.allclose([t[f'{part}_loss'] for t in s['tasks']], loss.detach(), rtol=1e-4)
         assert np.allclose([t[f'{part}_acc'] for t in s['tasks']], acc)
 
@@ -976,7 +989,7 @@ def test_defaults_are_the_papers_run():
 
 def test_precision():
     """bfloat16 is near float32 and not the same; where a processor is slower at it, the fast recipe does without."""
-    loss = {k: make_run('--precision', k).forward(*make_run().parts[0])[0] for k in ('float32', 'tf32', 'bfloat16')}
+    loss = {k: make_run('--precision', k).forward(*make_run().parts[0])[1] for k in ('float32', 'tf32', 'bfloat16')}
     assert torch.equal(loss['float32'], loss['tf32'])  # on a CPU
     assert torch.allclose(loss['float32'], loss['bfloat16'], rtol=0.05) and not torch.equal(loss['float32'], loss['bfloat16'])
 
@@ -993,22 +1006,31 @@ def test_seeds():
     assert torch.equal(a.model.W_U, c.model.W_U) and not torch.equal(a.split[0], c.split[0])
 
 
-def test_bench_prints_json(tmp_path):
-    done = cli(*TINY, '--bench', 5, '--out', tmp_path / 'none')
-    assert done.returncode == 0 and not (tmp_path / 'none').exists()
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert {'ms_per_epoch', 'epochs_per_s', 'gflop_per_epoch', 'gflops', 'matmul_gflops', 'share', 'device'} == last.keys()
-    assert math.isclose(last['ms_per_epoch'] * last['epochs_per_s'], 1000, rel_tol=1e-6)
+@pytest.mark.parametrize('spectra', [0, 2])
+def test_bench_prints_json(tmp_path, spectra):
+    done = cli(*TINY, '--bench', 5, '--out', tmp_path / 'none', '--spectra_every', spectra)
+    assert done.returncode == 0 and not (tmp_path / 'none').exists(), done.stderr
+    r = json.loads(done.stdout.splitlines()[-1])
+    assert math.isclose(r['ms_per_epoch'] * r['epochs_per_s'], 1000, rel_tol=1e-6)
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
     n, v = (round(121 * f) for f in (0.5, 0.25))
-    assert math.isclose(last['gflop_per_epoch'], per_row * (3 * n + v) / 1e9)
+    assert math.isclose(r['gflop_training'], per_row * 3 * n / 1e9) and math.isclose(r['gflop_validation'], per_row * v / 1e9)
+    assert math.isclose(r['share'], per_row * (3 * n + v) / 1e6 / r['ms_per_epoch'] / r['matmul_gflops'], rel_tol=1e-6)
+    assert min(r[k] for k in ('training_ms', 'validation_ms', 'general_form_ms', 'ready_s', 'float32_default_gflops')) > 0
+    assert (r['spectra_ms'] is None) == (spectra == 0)
 
 
 def test_counted_work_at_the_papers_setting():
-    o = train.Options()
-    classes = data.primes_below(113)
-    work = train.gflop_per_epoch(o, classes)
-    assert abs(work - (3 * 7.42 + 1.94)) < 0.05  # 7.4 GFLOP forward on 3,831 rows, and validation on 1,000
+    training, validation = train.gflop_per_epoch(train.Options(), data.primes_below(113))
+    assert abs(training - 3 * 7.42) < 0.02 and abs(validation - 1.94) < 0.01  # 7.4 GFLOP forward on 3,831 rows, and 1,000 for validation
+
+
+def test_float32_products_on_a_cpu_are_float32():
+    """Whichever library `set_precision` chose; and where it would round, the default is kept."""
+    a = torch.randn(300, 300)
+    for precision in ('float32', 'tf32', 'bfloat16'):
+        set_precision('cpu', precision)
+        assert ((a @ a).double() - a.double() @ a.double()).abs().max() < 1e-4
 
 
 def test_help_explains_every_option():

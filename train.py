@@ -9,6 +9,9 @@
 Without a GPU the first ends after 7 to 8.5 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
 accuracy of .995 to .997 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
 """
+import time
+STARTED = time.perf_counter()  # before torch, which takes seconds
+
 import argparse
 import dataclasses
 import difflib
@@ -21,7 +24,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +34,7 @@ import torch
 import analyze
 import data
 from data import Refusal, load, refuse, write
-from model import Muon, Transformer, flop_per_row, task_losses
+from model import Muon, Transformer, flop_per_row, fused_losses, set_precision, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -68,7 +70,8 @@ class Options:
     snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
     preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
     device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
-    compile: str = opt('auto', 'compile the step, on CUDA also capture it as a graph; auto = on CUDA', choices=('auto', 'on', 'off'))
+    compile: str = opt('auto', 'compile the model, on CUDA also the loss, and capture the step as a graph; auto = on CUDA (a CPU gains nothing)',
+                       choices=('auto', 'on', 'off'))
     out: str = opt('', 'run folder, out/TASK if not given')
     resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
     bench: int = opt(0, 'time so many epochs, save nothing', lo=0, hi=10**6)
@@ -126,6 +129,7 @@ def resolve(given):
     if not given.get('resume'):
         recipe = dict(PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'])
         if device == 'cpu' and recipe.get('precision') == 'bfloat16' and 'precision' not in given:
+            set_precision(device, 'float32')
             if matmul_rate(device, 'bfloat16') < 0.7 * matmul_rate(device, 'float32'):
                 recipe['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
         return Options(**recipe | given | how | dict(preset=preset)), None
@@ -170,7 +174,10 @@ class Run:
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
         self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
-        self.measure = torch.compile(self.forward, dynamic=False) if self.compiled else self.forward
+        self.logits, self.losses = self.model, task_losses
+        if self.compiled:
+            self.logits = torch.compile(self.model, dynamic=False)
+            self.losses = torch.compile(fused_losses(d.classes, self.device), dynamic=False) if self.cuda else task_losses
         named = dict(self.model.named_parameters())
         self.names, self.weights = list(named), list(named.values())
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
@@ -202,37 +209,38 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision == 'bfloat16')
 
     def forward(self, x, y, drop=(1, 1)):
-        """Tokens and targets -> loss (Q,) and accuracy (Q,)."""
+        """Tokens and targets -> logits (N, C), and loss (Q,), accuracy (Q,) and the objective's gradient at the logits, see `task_losses`."""
         with self.autocast():
-            logits = self.model(x, drop)
-        return task_losses(logits, y, self.data.classes)
+            logits = self.logits(x, drop)
+        return logits, *self.losses(logits, y, self.data.classes, self.task_weight, overwrite=True)
 
     def masks(self, n):
         """Two dropout masks for the residual stream of n examples, scaled so that its mean stays."""
         o = self.o
         if not o.dropout:
             return 1, 1
-        keep = torch.rand(2, 1 if o.dropout_mask == 'batch' else n, o.d_model, device=self.device) >= o.dropout
+        shape = 2, 1 if o.dropout_mask == 'batch' else n, o.d_model
+        draws = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=self.device).random_(-2 ** 63, None)  # all 64 bits random
+        keep = draws.view(torch.int16)[:math.prod(shape)].view(shape) >= round(2 ** 16 * o.dropout) - 2 ** 15  # four elements each
         return keep / (1 - o.dropout)
 
     def step(self):
         """One epoch. What it records belongs to the weights before its update: training with dropout, validation without."""
         o, (x, y) = self.o, self.parts[0]
-        loss, acc = self.measure(x, y, self.masks(len(x)))
+        logits, loss, acc, grad = self.forward(x, y, self.masks(len(x)))
         self.model.zero_grad()
-        (self.task_weight @ loss).backward()  # autograd.grad may lay gradients out otherwise than weights, which fused AdamW misreads
+        logits.backward(grad)  # autograd.grad may lay gradients out otherwise than weights, which fused AdamW misreads
         grads = [w.grad for w in self.weights]
 
         with torch.no_grad():
-            valid_loss, valid_acc = self.measure(*self.parts[1])
-            norms = torch.stack([g.norm() for g in grads])
+            _, valid_loss, valid_acc, _ = self.forward(*self.parts[1])
+            norms = torch.stack(torch._foreach_norm(grads))
             for record, row in zip(self.metrics.values(), (loss, acc, valid_loss, valid_acc, norms)):
                 record.index_copy_(0, self.t, row[None])
 
         if o.lamb:  # the gradient filter (Grokfast-EMA, Lee et al. 2024): m <- alpha m + (1-alpha) g ;  g <- g + lamb m
-            for g, m in zip(grads, self.filter):
-                m.lerp_(g, 1 - o.alpha)
-                g.add_(m, alpha=o.lamb)
+            torch._foreach_lerp_(self.filter, grads, 1 - o.alpha)
+            torch._foreach_add_(grads, self.filter, alpha=o.lamb)
 
         for optimizer, lr in zip(self.optimizers, (o.lr, o.muon_lr)):
             if o.decay_from < 1:  # constant, then linear to zero
@@ -279,8 +287,13 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q)."""
-        return torch.stack([torch.stack(self.forward(x, y)) for x, y in self.parts]).cpu()
+        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Never compiled."""
+        out = []
+        for x, y in self.parts:
+            with self.autocast():
+                logits = self.model(x)
+            out.append(torch.stack(task_losses(logits, y, self.data.classes)[:2]))
+        return torch.stack(out).cpu()
 
     # from here on: files
 
@@ -456,60 +469,79 @@ def device_name(device):
 
 
 def gflop_per_epoch(o, classes):
-    """Counted work of one epoch: forward and backward (twice the forward) on the training rows, forward on validation."""
+    """Counted work of one epoch: forward and backward (twice the forward) on the training rows; forward on validation."""
     train, valid, _ = data.split(o.p ** 2, o.train_frac)
-    return flop_per_row(o.d_model, sum(classes)) * (3 * len(train) + len(valid)) / 1e9
+    return [flop_per_row(o.d_model, sum(classes)) * rows / 1e9 for rows in (3 * len(train), len(valid))]
 
 
-def set_precision(device, precision):
-    """Products of float32 matrices: TF32 on CUDA if asked for (10 bits of mantissa), else true float32."""
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' and device.startswith('cuda') else 'highest')
+def timed(device, fn, n):
+    """Seconds per call of fn: n calls in up to nine groups, the median over the groups."""
+    def clock():
+        if device.startswith('cuda'):
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    times, groups = [], min(n, 9)
+    for i in range(groups):
+        calls, began = n // groups + (i < n % groups), clock()
+        for _ in range(calls):
+            fn()
+        times.append((clock() - began) / calls)
+    return sorted(times)[groups // 2]
 
 
 def matmul_rate(device, precision):
-    """GFLOP/s of large matrix products on this machine: the best of a few shapes, each the median of nine."""
-    set_precision(device, precision)
+    """GFLOP/s of large matrix products on this machine as `set_precision` left them, the best of a few shapes."""
     dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
     best, g = 0, torch.Generator(device).manual_seed(0)  # its own, so that a run draws the same masks with or without this
     for m, k, n in [(8192, 8192, 8192), (16384, 1024, 4096)] if device.startswith('cuda') else [(4096, 256, 1024), (4096, 1024, 256)]:
         a, b = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in ((m, k), (k, n)))
-        out, times = a @ b, []
-        for _ in range(9):
-            began = clock(device)
-            torch.mm(a, b, out=out)
-            times.append(clock(device) - began)
-        best = max(best, 2 * m * k * n / sorted(times)[4] / 1e9)
+        out = a @ b
+        best = max(best, 2 * m * k * n / timed(device, lambda: torch.mm(a, b, out=out), 9) / 1e9)
     return best
 
 
-def clock(device):
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def bench(run):
-    """Time o.bench epochs after a warm-up, and a matrix product in the same run. The last line printed is JSON."""
-    o = run.o
-    step = run.captured(run.step)
-    for _ in range(5):
-        step()
-    began = clock(o.device)
-    for _ in range(o.bench):
-        step()
-    seconds = (clock(o.device) - began) / o.bench
-    work, limit = gflop_per_epoch(o, run.data.classes), matmul_rate(o.device, o.precision)
-    result = dict(ms_per_epoch=seconds * 1e3, epochs_per_s=1 / seconds, gflop_per_epoch=work, gflops=work / seconds,
-                  matmul_gflops=limit, share=work / seconds / limit, device=device_name(o.device))
-    print(f'{o.bench} epochs, {run.products}: {seconds * 1e3:.4g} ms each, {1 / seconds:.4g} per second; {work:.4g} GFLOP counted per epoch,')
-    print(f'{work / seconds:.4g} GFLOP/s, {work / seconds / limit:.0%} of the {limit:.4g} GFLOP/s of a plain matrix product')
+    """Time o.bench epochs and their parts, the same epochs by the general form of the model, and a matrix product, in one run.
+    Prints lines to read; the last one is JSON."""
+    o, n, device = run.o, run.o.bench, run.o.device
+    calls = dict(epoch=run.step, validation=torch.no_grad()(lambda: run.forward(*run.parts[1])))
+    if o.spectra_every:
+        calls['spectra'] = run.record_spectra
+    ms = {}
+    for name, fn in calls.items():
+        fn = run.captured(fn)
+        timed(device, fn, 5)
+        if name == 'epoch':
+            ready = time.perf_counter() - STARTED
+        ms[name] = 1e3 * timed(device, fn, n if name == 'epoch' else min(n, 9))
+    run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
+    timed(device, fn := run.captured(run.step), 5)
+    ms['general'] = 1e3 * timed(device, fn, min(n, 9))
+
+    work = gflop_per_epoch(o, run.data.classes)
+    rate, training = matmul_rate(device, o.precision), ms['epoch'] - ms['validation']
+    torch.set_float32_matmul_precision('highest')
+    default = matmul_rate(device, 'float32')
+    result = dict(ms_per_epoch=ms['epoch'], epochs_per_s=1e3 / ms['epoch'], training_ms=training, validation_ms=ms['validation'], spectra_ms=ms.get('spectra'),
+                  general_form_ms=ms['general'], ready_s=ready, gflop_training=work[0], gflop_validation=work[1], matmul_gflops=rate,
+                  share=sum(work) / ms['epoch'] * 1e3 / rate, training_share=work[0] / training * 1e3 / rate,
+                  float32_default_gflops=default, device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))
+    print(f'{n} epochs, {run.products}, compile {"on" if run.compiled else "off"}: {ms["epoch"]:.4g} ms each, {1e3 / ms["epoch"]:.4g} per second; '
+          f'five epochs done {ready:.1f} s after the start')
+    print(f'training {training:.4g} ms for {work[0]:.4g} GFLOP, {result["training_share"]:.0%} of the {rate:.4g} GFLOP/s of a matrix product')
+    print(f'validation {ms["validation"]:.4g} ms for {work[1]:.4g} GFLOP; both {result["share"]:.0%}')
+    print(f'torch by default multiplies float32 matrices at {default:.4g} GFLOP/s here')
+    print(f'by the general form of the model an epoch takes {ms["general"]:.4g} ms, {ms["general"] / ms["epoch"]:.2f} times as long')
+    if o.spectra_every:
+        print(f'spectra of all neurons: {ms["spectra"]:.4g} ms each time')
     print(json.dumps(result))
 
 
 def main(argv):
     given = parse(argv)
     o, ckpt = resolve(given)
-    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 5) if o.bench else o, ckpt), Path(o.out)  # room for the records
+    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 25) if o.bench else o, ckpt), Path(o.out)  # room for the records
     if folder.exists() and not folder.is_dir():
         raise Refusal(f'{folder} is not a folder')
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
@@ -526,7 +558,8 @@ def main(argv):
     else:
         other = 'fast' if o.preset == 'paper' else 'paper'
         o2, _ = resolve(given | dict(preset=other))
-        seconds = o2.epochs * max(2e-3, 2 * gflop_per_epoch(o2, run.data.classes) / matmul_rate(o2.device, o2.precision))
+        set_precision(o2.device, o2.precision)
+        seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data.classes)) / matmul_rate(o2.device, o2.precision))
         set_precision(o.device, o.precision)
         why = 'as asked' if given.get('preset', 'auto') != 'auto' else f'the default {"with" if run.cuda else "without"} CUDA'
         about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
@@ -534,7 +567,7 @@ def main(argv):
               + ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')]
                          + [f'--preset {other} --out', shlex.quote(f'{o.out}-{other}')]))
     with torch.no_grad():
-        loss, _ = run.forward(*run.parts[1])
+        _, loss, _, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
 
     if not ckpt:
