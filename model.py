@@ -48,21 +48,19 @@ class Transformer(nn.Module):
         p, (H, _, K) = self.p, self.W_Q.shape
         N, O = len(x), len(self.W_E) - p
         with torch.autocast(x.device.type, enabled=False):                 # attention is a small part of the work: full precision
-            digits = self.W_E[:p] + self.W_pos[:2, None]                   # 2 p D, each at both positions
-            last = self.W_E[p:] + self.W_pos[2]                            # O D, the last token is an operation
-            q = torch.einsum('od,hdk->ohk', last, self.W_Q)                # O H K
-            k, k_last = (torch.einsum('...d,hdk->...hk', z, self.W_K) for z in (digits, last))  # 2 p H K, O H K
-            v, v_last = (torch.einsum('...d,hdk->...hk', z, self.W_V) for z in (digits, last))  # 2 p H K, O H K
-            score = torch.einsum('tvhk,ohk->tvoh', k, q) / K ** 0.5        # 2 p O H
-            score_last = (k_last * q).sum(2) / K ** 0.5                    # O H
+            tok = torch.cat([self.W_E[:p] + self.W_pos[0], self.W_E[:p] + self.W_pos[1], self.W_E[p:] + self.W_pos[2]])  # R D, R = 2p+O
+            q = torch.einsum('od,hdk->ohk', tok[2 * p:], self.W_Q)         # O H K, the last token is an operation
+            k = torch.einsum('rd,hdk->rhk', tok, self.W_K)                 # R H K
+            v = torch.einsum('rd,hdk->rhk', tok, self.W_V).flatten(1)      # R D
+            score = torch.einsum('rhk,ohk->roh', k, q).flatten(1) / K ** 0.5  # R OH
 
-            op = (x[:, 2:] == torch.arange(p, p + O, device=x.device)).to(q.dtype)  # N O
-            x0, x1 = ((x[:, t:t + 1] == torch.arange(p, device=x.device)).to(q.dtype) for t in (0, 1))  # N p
-            s0, s1 = ((hot @ s.flatten(1)).view(N, O, H) for hot, s in zip((x0, x1), score))  # N O H, and of these the example's own
-            att = torch.stack([(s0 * op[..., None]).sum(1), (s1 * op[..., None]).sum(1), op @ score_last], 1).softmax(1)  # N T H
-            rows = x0 @ v[0].flatten(1), x1 @ v[1].flatten(1), op @ v_last.flatten(1)  # T times N D
-            mix = sum(a[..., None] * row.view(N, H, K) for a, row in zip(att.unbind(1), rows)).flatten(1)  # N D, heads side by side
-        mid = (op @ last + mix @ self.W_O.flatten(0, 1)) * drop[0]         # N D
+            ids = torch.arange(p + O, device=x.device)
+            hot = [(x[:, t:t + 1] == some).to(q.dtype) for t, some in enumerate((ids[:p], ids[:p], ids[p:]))]  # N p, N p, N O
+            score, v = ([h @ rows for h, rows in zip(hot, table.split([p, p, O]))] for table in (score, v))  # T times N OH, T times N D
+            op = hot[2]
+            att = (torch.stack(score, 1).view(N, 3, O, H) * op[:, None, :, None]).sum(2).softmax(1)  # N T H, by the example's own operation
+            mix = sum(a[..., None] * row.view(N, H, K) for a, row in zip(att.unbind(1), v)).flatten(1)  # N D, heads side by side
+        mid = (op @ tok[2 * p:] + mix @ self.W_O.flatten(0, 1)) * drop[0]         # N D
         neurons = (mid @ self.W_in).relu_()                                # N F
         post = (mid + neurons @ self.W_out) * drop[1]                      # N D
         if acts is not None:
