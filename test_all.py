@@ -1011,12 +1011,10 @@ def test_bench_prints_json(tmp_path, spectra):
     done = cli(*TINY, '--bench', 5, '--out', tmp_path / 'none', '--spectra_every', spectra)
     assert done.returncode == 0 and not (tmp_path / 'none').exists(), done.stderr
     r = json.loads(done.stdout.splitlines()[-1])
-    assert math.isclose(r['ms_per_epoch'] * r['epochs_per_s'], 1000, rel_tol=1e-6)
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
-    n, v = (round(121 * f) for f in (0.5, 0.25))
-    assert math.isclose(r['gflop_training'], per_row * 3 * n / 1e9) and math.isclose(r['gflop_validation'], per_row * v / 1e9)
-    assert math.isclose(r['share'], per_row * (3 * n + v) / 1e6 / r['ms_per_epoch'] / r['matmul_gflops'], rel_tol=1e-6)
-    assert min(r[k] for k in ('training_ms', 'validation_ms', 'general_form_ms', 'ready_s', 'float32_default_gflops')) > 0
+    assert math.isclose(r['training_gflop'], per_row * 3 * 60 / 1e9) and math.isclose(r['validation_gflop'], per_row * 30 / 1e9)
+    assert math.isclose(r['share'] * r['product_gflops'] * r['training_ms'], per_row * 3 * 60 / 1e6, rel_tol=1e-6)
+    assert min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'ready_s', 'default_float32_gflops')) > 0
     assert (r['spectra_ms'] is None) == (spectra == 0)
 
 

@@ -502,46 +502,42 @@ def matmul_rate(device, precision):
 
 
 def bench(run):
-    """Time o.bench epochs and their parts, the same epochs by the general form of the model, and a matrix product, in one run.
-    Prints lines to read; the last one is JSON."""
-    o, n, device = run.o, run.o.bench, run.o.device
-    calls = dict(epoch=run.step, validation=torch.no_grad()(lambda: run.forward(*run.parts[1])))
-    if o.spectra_every:
-        calls['spectra'] = run.record_spectra
-    ms = {}
-    for name, fn in calls.items():
-        fn = run.captured(fn)
-        timed(device, fn, 5)
-        if name == 'epoch':
-            ready = time.perf_counter() - STARTED
-        ms[name] = 1e3 * timed(device, fn, n if name == 'epoch' else min(n, 9))
-    run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
-    timed(device, fn := run.captured(run.step), 5)
-    ms['general'] = 1e3 * timed(device, fn, min(n, 9))
+    """Time o.bench epochs and their parts, the same epochs by the general form of the model, and a plain matrix product, all in
+    one run. Prints lines to read; the last one is JSON."""
+    o, device = run.o, run.o.device
 
-    work = gflop_per_epoch(o, run.data.classes)
-    rate, training = matmul_rate(device, o.precision), ms['epoch'] - ms['validation']
+    def ms(fn, n):
+        timed(device, fn, 5)
+        return 1e3 * timed(device, fn, n)
+
+    epoch = run.captured(run.step)
+    timed(device, epoch, 5)
+    r = dict(ready_s=time.perf_counter() - STARTED, epoch_ms=ms(epoch, o.bench))
+    r['validation_ms'] = ms(run.captured(torch.no_grad()(lambda: run.forward(*run.parts[1]))), 9)
+    r['training_ms'] = r['epoch_ms'] - r['validation_ms']  # with update and records
+    r['spectra_ms'] = ms(run.captured(run.record_spectra), 1) if o.spectra_every else None
+    run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
+    r['general_form_ms'] = ms(run.captured(run.step), 9)
+
+    r['training_gflop'], r['validation_gflop'] = gflop_per_epoch(o, run.data.classes)
+    r['product_gflops'] = matmul_rate(device, o.precision)
+    r['share'] = r['training_gflop'] / r['training_ms'] * 1e3 / r['product_gflops']
     torch.set_float32_matmul_precision('highest')
-    default = matmul_rate(device, 'float32')
-    result = dict(ms_per_epoch=ms['epoch'], epochs_per_s=1e3 / ms['epoch'], training_ms=training, validation_ms=ms['validation'], spectra_ms=ms.get('spectra'),
-                  general_form_ms=ms['general'], ready_s=ready, gflop_training=work[0], gflop_validation=work[1], matmul_gflops=rate,
-                  share=sum(work) / ms['epoch'] * 1e3 / rate, training_share=work[0] / training * 1e3 / rate,
-                  float32_default_gflops=default, device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))
-    print(f'{n} epochs, {run.products}, compile {"on" if run.compiled else "off"}: {ms["epoch"]:.4g} ms each, {1e3 / ms["epoch"]:.4g} per second; '
-          f'five epochs done {ready:.1f} s after the start')
-    print(f'training {training:.4g} ms for {work[0]:.4g} GFLOP, {result["training_share"]:.0%} of the {rate:.4g} GFLOP/s of a matrix product')
-    print(f'validation {ms["validation"]:.4g} ms for {work[1]:.4g} GFLOP; both {result["share"]:.0%}')
-    print(f'torch by default multiplies float32 matrices at {default:.4g} GFLOP/s here')
-    print(f'by the general form of the model an epoch takes {ms["general"]:.4g} ms, {ms["general"] / ms["epoch"]:.2f} times as long')
+    r['default_float32_gflops'] = matmul_rate(device, 'float32')
+    print(f'{run.products}, compile {"on" if run.compiled else "off"}: {r["epoch_ms"]:.4g} ms per epoch, {1e3 / r["epoch_ms"]:.4g} per second, '
+          f'{r["validation_ms"]:.3g} ms of it validation; five epochs done {r["ready_s"]:.1f} s after the start')
+    print(f'training: {r["training_gflop"]:.4g} GFLOP at {r["share"]:.0%} of the {r["product_gflops"]:.4g} GFLOP/s of a matrix product '
+          f'(float32 as torch comes: {r["default_float32_gflops"]:.4g} GFLOP/s)')
+    print(f'general form of the model: {r["general_form_ms"]:.4g} ms per epoch, {r["general_form_ms"] / r["epoch_ms"]:.2f} times as long')
     if o.spectra_every:
-        print(f'spectra of all neurons: {ms["spectra"]:.4g} ms each time')
-    print(json.dumps(result))
+        print(f'spectra of all neurons: {r["spectra_ms"]:.4g} ms each time')
+    print(json.dumps(r | dict(device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))))
 
 
 def main(argv):
     given = parse(argv)
     o, ckpt = resolve(given)
-    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 25) if o.bench else o, ckpt), Path(o.out)  # room for the records
+    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 30) if o.bench else o, ckpt), Path(o.out)  # room for the records
     if folder.exists() and not folder.is_dir():
         raise Refusal(f'{folder} is not a folder')
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
