@@ -5,13 +5,13 @@
     z = drop(z + ReLU(z W_in) W_out)
     logits = z[:, -1] W_U                                          (Syrkis & Sogaard 2024, eq. 7 to 11)
 
-N examples, T=3 tokens, O operations, V=p+O token ids, D width, H heads, K=D/H, F=4D neurons, Q tasks, C classes of all tasks together.
+N examples, T=3 tokens, O operations, V=p+O token ids, D width, H heads, K=D/H, F=4D neurons, Q tasks, C classes of all tasks together, M of the largest.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e)
 
 
 class Transformer(nn.Module):
@@ -41,25 +41,29 @@ class Transformer(nn.Module):
         at the last position: att (N, T, H), resid_mid (N, D), neurons (N, F) after ReLU, resid_post (N, D).
 
         This is exact algebra, not the general form. Only the last position is read, so queries, W_O, the MLP and W_U are
-        needed there alone; a score or value depends on token, position and operation alone, so all there are stand in tables of
-        p rows. Each example looks its rows up by a product with a one-hot matrix, whose gradient is a product too:
-        deterministic, and no slower than a gather with its scattered adds.
+        needed there alone; a score or value depends on token, position and operation alone, so all there are stand in tables,
+        p rows for each digit and O for the operation. Each example looks its rows up by a product with a one-hot matrix, whose
+        gradient is a product too: deterministic, and no slower than a gather with its scattered adds.
         """
         p, (H, _, K) = self.p, self.W_Q.shape
         N, O = len(x), len(self.W_E) - p
-        with torch.autocast(x.device.type, enabled=False):                 # attention is a small part of the work: full precision
+        with torch.autocast(x.device.type, enabled=False):                 # attention is a small part of the work: never bfloat16
             tok = torch.cat([self.W_E[:p] + self.W_pos[0], self.W_E[:p] + self.W_pos[1], self.W_E[p:] + self.W_pos[2]])  # R D, R = 2p+O
             q = torch.einsum('od,hdk->ohk', tok[2 * p:], self.W_Q)         # O H K, the last token is an operation
             k = torch.einsum('rd,hdk->rhk', tok, self.W_K)                 # R H K
-            v = torch.einsum('rd,hdk->rhk', tok, self.W_V).flatten(1)      # R D
-            score = torch.einsum('rhk,ohk->roh', k, q).flatten(1) / K ** 0.5  # R OH
+            v_table = torch.einsum('rd,hdk->rhk', tok, self.W_V).flatten(1)  # R D
+            score_table = torch.einsum('rhk,ohk->roh', k, q).flatten(1) / K ** 0.5  # R OH
 
             ids = torch.arange(p + O, device=x.device)
             hot = [(x[:, t:t + 1] == some).to(q.dtype) for t, some in enumerate((ids[:p], ids[:p], ids[p:]))]  # N p, N p, N O
-            score, v = ([h @ rows for h, rows in zip(hot, table.split([p, p, O]))] for table in (score, v))  # T times N OH, T times N D
             op = hot[2]
-            att = (torch.stack(score, 1).view(N, 3, O, H) * op[:, None, :, None]).sum(2).softmax(1)  # N T H, by the example's own operation
-            mix = sum(a[..., None] * row.view(N, H, K) for a, row in zip(att.unbind(1), v)).flatten(1)  # N D, heads side by side
+
+            def look_up(table):
+                return [one @ rows for one, rows in zip(hot, table.split([p, p, O]))]  # for each of the T tokens: N, columns of the table
+
+            score = torch.stack(look_up(score_table), 1).view(N, 3, O, H)
+            att = (score * op[:, None, :, None]).sum(2).softmax(1)         # N T H, by the example's own operation
+            mix = sum(a[..., None] * v.view(N, H, K) for a, v in zip(att.unbind(1), look_up(v_table))).flatten(1)  # N D, heads side by side
         mid = (op @ tok[2 * p:] + mix @ self.W_O.flatten(0, 1)) * drop[0]         # N D
         neurons = (mid @ self.W_in).relu_()                                # N F
         post = (mid + neurons @ self.W_out) * drop[1]                      # N D
@@ -68,7 +72,7 @@ class Transformer(nn.Module):
         return post @ self.W_U                                             # N C
 
     def general_forward(self, x, drop=(1, 1)):
-        """What `forward` computes, as the paper writes it: every position, nothing reordered. For tests and for --bench."""
+        """What `forward` computes, as the paper writes it: every position, nothing reordered. For --bench, which times both."""
         mid_drop, post_drop = (m if isinstance(m, int) else m[:, None] for m in drop)
         z = self.W_E[x] + self.W_pos                                       # N T D
         q, k, v = (torch.einsum('ntd,hdk->nhtk', z, W) for W in (self.W_Q, self.W_K, self.W_V))  # N H T K
@@ -82,7 +86,8 @@ def task_losses(logits, y, classes, weight=None, overwrite=False):
     """Cross-entropy and accuracy of each task, and the gradient by hand, in one pass.
 
     logits (N, C), targets y (N, Q), Q class counts -> loss (Q,), accuracy (Q,), and the gradient (N, C) of weight @ loss (of their
-    sum if no weight (Q,) is given) with respect to the logits; if overwrite, it may take their memory.
+    sum if no weight (Q,) is given) with respect to the logits, all computed in float32. If overwrite, the gradient may take the
+    memory of the logits, which are lost then.
 
     Cross-entropy is written as softplus(logsumexp over the wrong classes - logit of the right class). The usual form
     subtracts two nearly equal numbers once a row is confident, so in float32 its losses come in steps of 1.2e-7 and its
@@ -92,13 +97,14 @@ def task_losses(logits, y, classes, weight=None, overwrite=False):
     N, z = len(y), logits.detach().contiguous() if overwrite else logits.detach().clone(memory_format=torch.contiguous_format)
     flat, start = z.view(-1), torch.tensor([0, *classes[:-1]], device=y.device).cumsum(0)
     place = (y + start + z.shape[1] * torch.arange(N, device=y.device)[:, None]).T.contiguous()  # Q N, the right logits within flat
-    right, flat[place] = flat[place].float(), -torch.inf                   # Q N
+    right = flat[place].float()                                            # Q N
+    flat[place] = -torch.inf
     weight = torch.ones(len(classes), device=y.device) if weight is None else weight
     top, margin, slope = [], [], []
     for z_q, r, w in zip(z.split(classes, 1), right[..., None], weight / N):  # a task at a time: its columns stay in the cache
         e = z_q.float()                                                    # N q, for float32 z_q itself
         top.append(e.amax(1, keepdim=True))                                # N 1
-        total = e.sub_(top[-1]).mul_(LOG2_E).exp2_().sum(1, keepdim=True)  # N 1, exp2 being three times as fast as exp on a CPU
+        total = e.sub_(top[-1]).mul_(math.log2(math.e)).exp2_().sum(1, keepdim=True)  # N 1, on a CPU exp takes longer than exp2
         margin.append(total.log() + (top[-1] - r))                         # N 1, logsumexp of the wrong logits - the right one
         slope.append(margin[-1].sigmoid() * w)                             # N 1, d (weight @ loss) / d margin
         z_q.copy_(e.mul_(slope[-1] / total))                               # N q, d (weight @ loss) / d wrong logits
@@ -108,15 +114,15 @@ def task_losses(logits, y, classes, weight=None, overwrite=False):
 
 
 def fused_losses(classes, device):
-    """task_losses as a function for torch.compile on CUDA, where a loop over 29 tasks would be hundreds of small kernels: all tasks
-    at once, padded to the longest, in tables (N, Q, M) that exist within a kernel only. Any other way it is the slower one."""
-    q = torch.tensor(classes, device=device)
-    start, place = q.cumsum(0) - q, torch.arange(max(classes), device=device)  # Q, M
-    column = (start[:, None] + place).clamp(max=sum(classes) - 1)          # Q M, the columns of a task
-    task = torch.arange(len(q), device=device).repeat_interleave(q)        # C, the task of a column
+    """-> a function like task_losses, for CUDA, where a loop over 29 tasks is hundreds of small kernels: all tasks at once, padded
+    to the longest. Compiled, the padded tables need not exist outside a kernel. It ignores the arguments classes and overwrite."""
+    q = torch.tensor(classes, device=device)                               # Q
+    start, task = q.cumsum(0) - q, torch.arange(len(q), device=device).repeat_interleave(q)  # Q, C
 
     def losses(logits, y, classes, weight, overwrite):
         z, right_column = logits.detach().float(), y + start               # N C, N Q
+        place = torch.arange(max(classes), device=y.device)                # M
+        column = (start[:, None] + place).clamp(max=sum(classes) - 1)      # Q M, the columns of a task
         right = z.gather(1, right_column)                                  # N Q
         absent = (place >= q[:, None]) | (place == y[..., None])           # N Q M
         wrong = z[:, column].masked_fill(absent, -torch.inf)               # N Q M
@@ -133,19 +139,23 @@ def fused_losses(classes, device):
 def set_precision(device, precision):
     """Products of float32 matrices: TF32 on CUDA if asked for (10 bits of mantissa), else true float32.
 
-    On a CPU, 'medium' sends them to oneDNN instead of MKL: 2.2 times as fast on an EPYC with AVX512. It may round to bfloat16 where
-    the processor has matrix units for that, so it is kept only if a product shows that nothing is rounded."""
-    if device.startswith('cuda'):
-        return torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
-    torch.set_float32_matmul_precision('medium')
-    a = torch.linspace(-1, 1, 2 ** 16).sin().view(256, 256)
-    if (a @ a - (a.double() @ a.double())).abs().max() > 1e-3:
+    On a CPU 'medium' has torch call oneDNN instead of MKL: 2.2 times as fast on an EPYC with AVX512. Where a processor has matrix
+    units for bfloat16 it would round to that, so it is kept only if a product shows that nothing is rounded."""
+    cuda = device.startswith('cuda')
+    torch.set_float32_matmul_precision('medium' if not cuda else 'high' if precision == 'tf32' else 'highest')
+    if not cuda and products_are_rounded():
         torch.set_float32_matmul_precision('highest')
 
 
+def products_are_rounded():
+    """Whether float32 products on the CPU have fewer bits than float32, by trying one: an error of 5e-5 is usual, TF32 would have 5e-3."""
+    a = torch.linspace(-1, 1, 2 ** 16).sin().view(256, 256)
+    return ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3
+
+
 def flop_per_row(d_model, n_classes):
-    """Floating-point operations of the forward pass for one example: the products by W_O, W_in, W_out and W_U. The tables of
-    V rows and their lookups are not counted; they would add some 6 % to an epoch at p = 113, D = 256."""
+    """Floating-point operations of the forward pass for one example: the products by W_O, W_in, W_out and W_U. The tables for
+    attention and their lookups are not counted; they would add 5 % to an epoch at p = 113, D = 256."""
     return 2 * d_model * (d_model + 2 * 4 * d_model + n_classes)
 
 

@@ -3,7 +3,6 @@
     python -m pytest -q test_all.py      # minutes on two CPU cores; what needs CUDA skips without it
 """
 import contextlib
-import copy
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import torch
 
 import analyze
 import data
+import model
 import plots
 import train
 from model import Muon, Transformer, fused_losses, orthogonalize, set_precision, task_losses
@@ -94,6 +94,20 @@ def test_data_refuses(task, p):
 
 # ------------------------------------------------------------------------------------------------ model
 
+def plain_forward(W, x, drop):
+    """The model as the paper writes it, head by head. W: dict of weights."""
+    H, D, K = W['W_Q'].shape
+    z = W['W_E'][x] + W['W_pos'][None]                           # N T D
+    out = torch.zeros_like(z)
+    for h in range(H):
+        q, k, v = (z @ W[name][h] for name in ('W_Q', 'W_K', 'W_V'))
+        att = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(K), dim=-1)   # N T T, from, to
+        out = out + att @ v @ W['W_O'][h]
+    z = (z + out) * drop[0][:, None]
+    z = (z + torch.relu(z @ W['W_in']) @ W['W_out']) * drop[1][:, None]
+    return (z @ W['W_U'])[:, -1]
+
+
 @pytest.mark.parametrize('n_ops', [1, 3])
 @pytest.mark.parametrize('rows', [1, 50])  # one mask for the batch, or one per example
 def test_model_is_the_general_forward_pass(n_ops, rows):
@@ -102,25 +116,32 @@ def test_model_is_the_general_forward_pass(n_ops, rows):
     net = Transformer(p, D, H, C, n_ops).double()
     x = torch.stack([torch.randint(p, (N,)), torch.randint(p, (N,)), p + torch.randint(n_ops, (N,))], 1)
     drop = torch.rand(2, rows, D, dtype=torch.float64)
-    logits, oracle = net(x, drop), net.general_forward(x, drop)
-    assert logits.shape == (N, C) and (logits - oracle).abs().max() < 1e-10
-    grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in (logits, oracle)]
-    for a, b in zip(*grads):
-        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    forms = [plain_forward(dict(net.named_parameters()), x, drop), net(x, drop), net.general_forward(x, drop)]
+    oracle, *grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in forms]
+    for logits, ours in zip(forms[1:], grads):
+        assert logits.shape == (N, C) and (logits - forms[0]).abs().max() < 1e-10
+        for a, b in zip(ours, oracle):
+            assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    assert torch.allclose(net(x), net.general_forward(x), atol=1e-10)  # without dropout
 
 
-def test_saturated_attention_keeps_its_gradients():
-    """Scores 700 apart, gradients of W_Q and W_K some 1e-25 of the others: float32 agrees with the general form there too."""
+@pytest.mark.parametrize('scale', [1, 4, 10])
+def test_saturated_attention_keeps_its_gradients(scale):
+    """The digits far below "=" in every head, scores apart by 6, 90 and 600: float32 agrees with the general form, gradients too,
+    though those of W_Q and W_K all but vanish."""
     torch.manual_seed(0)
     net, x = Transformer(11, 24, 3, 17), data.make('nanda', 11).x
     with torch.no_grad():
-        net.W_Q *= 10
-        net.W_K *= 10
+        net.W_E[-1] += 1
+        net.W_K.copy_(net.W_Q)
+        net.W_Q *= scale
+        net.W_K *= scale
     logits, oracle = net(x), net.general_forward(x)
-    grads = [torch.autograd.grad(z.square().sum(), list(net.parameters())) for z in (logits, oracle)]
-    assert 0 < grads[1][3].abs().max() < 1e-20 * grads[1][4].abs().max()
-    for a, b in zip([logits, *grads[0]], [oracle, *grads[1]]):
-        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
+    names = [n for n, _ in net.named_parameters()]
+    a, b = (dict(zip(names, torch.autograd.grad(z.square().sum(), list(net.parameters())))) | dict(logits=z) for z in (logits, oracle))
+    assert (b['W_K'].abs().max() < 1e-6 * b['W_V'].abs().max()) == (scale > 1)
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= 1e-3 * b[name].abs().max(), name
 
 
 def test_acts_are_those_of_the_forward_pass():
@@ -148,11 +169,16 @@ def test_parameters_count_shapes_and_initialisation():
 
 # ------------------------------------------------------------------------------------------------ loss
 
-def test_loss_and_gradient_against_float64():
+@pytest.mark.parametrize('form', ['task_losses', 'fused_losses', 'compiled'])
+def test_loss_and_gradient_against_float64(form):
     """One row per margin, the right logit ahead by up to 69 or behind by up to 1000: losses from 1e-30 to 1e+3."""
     torch.manual_seed(0)
+    if form == 'compiled' and not shutil.which('g++'):
+        pytest.skip('torch.compile needs a C++ compiler on a CPU')
     margins = torch.cat([torch.linspace(-1000, 0, 41), torch.linspace(0, 71, 141)[1:]])
     for q in (2, 3, 109):
+        losses = task_losses if form == 'task_losses' else fused_losses([q], 'cpu')
+        losses = torch.compile(losses, dynamic=False) if form == 'compiled' else losses
         z = torch.randn(len(margins), q)
         t = torch.randint(q, (len(margins),))
         z.scatter_(1, t[:, None], -torch.inf)
@@ -164,7 +190,7 @@ def test_loss_and_gradient_against_float64():
         grad64, = torch.autograd.grad(loss64.sum(), z64)
         assert loss64.min() < 1e-30 and loss64.max() > 990
         for i in range(len(margins)):  # row by row, so that large losses do not hide small ones
-            loss, _, grad = task_losses(z[i:i + 1], t[i:i + 1, None], [q])
+            loss, _, grad = losses(z[i:i + 1], t[i:i + 1, None], [q], torch.ones(1), False)
             assert abs(loss.item() / loss64[i].item() - 1) < 1e-4
             assert (grad.double() - grad64[i]).abs().max() < 1e-4 * grad64[i].abs().max()
             assert (grad.double() - grad64[i])[0, t[i]].abs() < 1e-4 * grad64[i, t[i]].abs()
@@ -185,16 +211,19 @@ def test_loss_and_accuracy_against_torch_on_several_tasks():
 
 
 @pytest.mark.parametrize('task', ['miiii', 'nanda'])
-def test_fused_losses_are_task_losses(task):
-    """The form for CUDA, also on confident rows, and in memory that a training step gives away."""
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_forms_of_the_loss_agree(task, dtype):
+    """On several tasks at once with weights: the form for CUDA, the one that overwrites the logits, bfloat16 logits, a transposed matrix."""
     torch.manual_seed(0)
     d = data.make(task, 13)
-    logits, weight = torch.randn(169, sum(d.classes)) * torch.linspace(0, 30, 169)[:, None], torch.rand(len(d.classes))
-    fused = fused_losses(d.classes, 'cpu')(logits, d.y, d.classes, weight, overwrite=True)
-    for overwrite in (False, True):
-        before, plain = logits.clone(), task_losses(logits, d.y, d.classes, weight, overwrite)
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-12) for a, b in zip(fused, plain))
-        assert torch.equal(logits, plain[2] if overwrite else before)
+    logits, weight = (torch.randn(169, sum(d.classes)) * torch.linspace(0, 30, 169)[:, None]).to(dtype), torch.rand(len(d.classes))
+    loss, acc, grad = task_losses(logits.float(), d.y, d.classes, weight)
+    before = logits.clone()
+    for other in (fused_losses(d.classes, 'cpu')(logits, d.y, d.classes, weight, True), task_losses(logits.T.contiguous().T, d.y, d.classes, weight, True),
+                  task_losses(logits, d.y, d.classes, weight), task_losses(before, d.y, d.classes, weight, True)):
+        assert torch.allclose(other[0], loss, rtol=1e-4) and torch.equal(other[1], acc) and other[2].dtype == dtype
+        assert torch.allclose(other[2].float(), grad, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-30)
+    assert torch.equal(before, other[2]) and not torch.equal(before, logits)  # overwritten, the others' argument is not
 
 
 def test_masked_leaves_its_columns_alone():
@@ -267,16 +296,15 @@ def test_learning_rate_schedule():
     assert np.allclose(rates, np.outer(shape, [0.1, 0.01]), rtol=1e-5)
 
 
-def test_first_losses_pinned_by_an_independent_float64_twin():
+def test_first_losses_pinned_by_a_plain_float64_twin():
     """Mean loss / ln q of 40 epochs: the paper's model, loss, filter and AdamW written plainly in float64 from the same weights."""
     run = make_run(*'--optimizer adamw --lamb 0.5 --epochs 40 --dropout 0 --lr 1e-3 --weight_decay 1 --train_frac 0.5 --decay_from 0.4'.split())
-    twin_model = copy.deepcopy(run.model).double()
-    W = dict(twin_model.named_parameters())
+    W = {n: torch.nn.Parameter(w.detach().double()) for n, w in run.model.named_parameters()}
     memory, (x, y), twin = {n: 0 for n in W}, run.parts[0], []
     adamw = torch.optim.AdamW(W.values(), betas=(0.9, 0.98), weight_decay=1.0)
     for epoch in range(40):
         run.step()
-        logits = twin_model.general_forward(x)
+        logits = plain_forward(W, x, torch.ones(2, 1, 32, dtype=torch.float64))
         loss = sum(torch.nn.functional.cross_entropy(z, t) / math.log(z.shape[1]) for z, t in zip(logits.split([2, 3, 5, 7], 1), y.T)) / 4
         adamw.zero_grad()
         loss.backward()
@@ -988,10 +1016,19 @@ def test_defaults_are_the_papers_run():
 
 
 def test_precision():
-    """bfloat16 is near float32 and not the same; where a processor is slower at it, the fast recipe does without."""
-    loss = {k: make_run('--precision', k).forward(*make_run().parts[0])[1] for k in ('float32', 'tf32', 'bfloat16')}
-    assert torch.equal(loss['float32'], loss['tf32'])  # on a CPU
+    """bfloat16 is near float32 and not the same, in loss and gradients; attention is float32 always."""
+    loss, grads, att = {}, {}, {}
+    for k in ('float32', 'tf32', 'bfloat16'):
+        run, acts = make_run('--precision', k), {}
+        logits, loss[k], _, grad = run.forward(*run.parts[0])
+        logits.backward(grad)
+        grads[k] = [w.grad.flatten() for w in run.weights]
+        with run.autocast():
+            run.model(run.parts[0][0], acts=acts)
+        att[k] = acts['att']
+    assert torch.equal(loss['float32'], loss['tf32']) and torch.equal(att['float32'], att['bfloat16'])  # on a CPU
     assert torch.allclose(loss['float32'], loss['bfloat16'], rtol=0.05) and not torch.equal(loss['float32'], loss['bfloat16'])
+    assert all(torch.cosine_similarity(a, b, dim=0) > 0.99 for a, b in zip(grads['float32'], grads['bfloat16']))
 
 
 def test_fast_recipe_avoids_slow_bfloat16(monkeypatch):
@@ -1006,16 +1043,14 @@ def test_seeds():
     assert torch.equal(a.model.W_U, c.model.W_U) and not torch.equal(a.split[0], c.split[0])
 
 
-@pytest.mark.parametrize('spectra', [0, 2])
-def test_bench_prints_json(tmp_path, spectra):
-    done = cli(*TINY, '--bench', 5, '--out', tmp_path / 'none', '--spectra_every', spectra)
+def test_bench_prints_json(tmp_path):
+    done = cli(*TINY, '--bench', 5, '--epochs', 3, '--out', tmp_path / 'none', '--spectra_every', 2)
     assert done.returncode == 0 and not (tmp_path / 'none').exists(), done.stderr
     r = json.loads(done.stdout.splitlines()[-1])
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
     assert math.isclose(r['training_gflop'], per_row * 3 * 60 / 1e9) and math.isclose(r['validation_gflop'], per_row * 30 / 1e9)
     assert math.isclose(r['share'] * r['product_gflops'] * r['training_ms'], per_row * 3 * 60 / 1e6, rel_tol=1e-6)
-    assert min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'ready_s', 'default_float32_gflops')) > 0
-    assert (r['spectra_ms'] is None) == (spectra == 0)
+    assert min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'spectra_ms', 'ready_s', 'default_float32_gflops')) > 0
 
 
 def test_counted_work_at_the_papers_setting():
@@ -1023,12 +1058,23 @@ def test_counted_work_at_the_papers_setting():
     assert abs(training - 3 * 7.42) < 0.02 and abs(validation - 1.94) < 0.01  # 7.4 GFLOP forward on 3,831 rows, and 1,000 for validation
 
 
-def test_float32_products_on_a_cpu_are_float32():
-    """Whichever library `set_precision` chose; and where it would round, the default is kept."""
+def test_float32_products_are_float32(monkeypatch):
+    """Whichever library multiplies; where it would round, torch's default is kept. TF32 is for CUDA, if asked for."""
+    torch.manual_seed(0)
     a = torch.randn(300, 300)
-    for precision in ('float32', 'tf32', 'bfloat16'):
+    for precision, on_cuda in (('tf32', 'high'), ('float32', 'highest'), ('bfloat16', 'highest')):
+        set_precision('cuda:0', precision)
+        assert torch.get_float32_matmul_precision() == on_cuda
         set_precision('cpu', precision)
-        assert ((a @ a).double() - a.double() @ a.double()).abs().max() < 1e-4
+        assert torch.get_float32_matmul_precision() != 'high' and ((a @ a).double() - a.double() @ a.double()).abs().max() < 1e-3
+    assert not model.products_are_rounded()
+    monkeypatch.setattr(model, 'products_are_rounded', lambda: True)
+    set_precision('cpu', 'float32')
+    assert torch.get_float32_matmul_precision() == 'highest'
+    monkeypatch.undo()
+    plain = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: plain(a, b) if a.dtype == torch.float64 else plain(a.bfloat16(), b.bfloat16()).float())
+    assert model.products_are_rounded()
 
 
 def test_help_explains_every_option():

@@ -129,7 +129,6 @@ def resolve(given):
     if not given.get('resume'):
         recipe = dict(PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'])
         if device == 'cpu' and recipe.get('precision') == 'bfloat16' and 'precision' not in given:
-            set_precision(device, 'float32')
             if matmul_rate(device, 'bfloat16') < 0.7 * matmul_rate(device, 'float32'):
                 recipe['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
         return Options(**recipe | given | how | dict(preset=preset)), None
@@ -174,10 +173,11 @@ class Run:
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
         self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
-        self.logits, self.losses = self.model, task_losses
+        self.logits, self.losses = self.model, fused_losses(d.classes, self.device) if self.cuda else task_losses
         if self.compiled:
             self.logits = torch.compile(self.model, dynamic=False)
-            self.losses = torch.compile(fused_losses(d.classes, self.device), dynamic=False) if self.cuda else task_losses
+        if self.compiled and self.cuda:
+            self.losses = torch.compile(self.losses, dynamic=False)
         named = dict(self.model.named_parameters())
         self.names, self.weights = list(named), list(named.values())
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
@@ -209,7 +209,8 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision == 'bfloat16')
 
     def forward(self, x, y, drop=(1, 1)):
-        """Tokens and targets -> logits (N, C), and loss (Q,), accuracy (Q,) and the objective's gradient at the logits, see `task_losses`."""
+        """Tokens and targets -> logits (N, C), loss (Q,), accuracy (Q,), and the objective's gradient at the logits (N, C). The logits are
+        there for `backward` alone: the gradient may have their memory."""
         with self.autocast():
             logits = self.logits(x, drop)
         return logits, *self.losses(logits, y, self.data.classes, self.task_weight, overwrite=True)
@@ -221,8 +222,9 @@ class Run:
             return 1, 1
         shape = 2, 1 if o.dropout_mask == 'batch' else n, o.d_model
         draws = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=self.device).random_(-2 ** 63, None)  # all 64 bits random
-        keep = draws.view(torch.int16)[:math.prod(shape)].view(shape) >= round(2 ** 16 * o.dropout) - 2 ** 15  # four elements each
-        return keep / (1 - o.dropout)
+        drop = round(2 ** 16 * o.dropout)  # of 2^16 values; each draw makes four elements
+        keep = draws.view(torch.int16)[:math.prod(shape)].view(shape) >= drop - 2 ** 15
+        return keep / (1 - drop / 2 ** 16)
 
     def step(self):
         """One epoch. What it records belongs to the weights before its update: training with dropout, validation without."""
@@ -287,13 +289,9 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Never compiled."""
-        out = []
-        for x, y in self.parts:
-            with self.autocast():
-                logits = self.model(x)
-            out.append(torch.stack(task_losses(logits, y, self.data.classes)[:2]))
-        return torch.stack(out).cpu()
+        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Not compiled, for one call."""
+        with self.autocast():
+            return torch.stack([torch.stack(task_losses(self.model(x), y, self.data.classes)[:2]) for x, y in self.parts]).cpu()
 
     # from here on: files
 
@@ -469,7 +467,7 @@ def device_name(device):
 
 
 def gflop_per_epoch(o, classes):
-    """Counted work of one epoch: forward and backward (twice the forward) on the training rows; forward on validation."""
+    """Counted work of one epoch in training (forward and backward, twice the forward) and in validation (forward): two numbers."""
     train, valid, _ = data.split(o.p ** 2, o.train_frac)
     return [flop_per_row(o.d_model, sum(classes)) * rows / 1e9 for rows in (3 * len(train), len(valid))]
 
@@ -491,8 +489,13 @@ def timed(device, fn, n):
 
 
 def matmul_rate(device, precision):
-    """GFLOP/s of large matrix products on this machine as `set_precision` left them, the best of a few shapes."""
-    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+    """GFLOP/s of large matrix products in this precision on this machine."""
+    set_precision(device, precision)
+    return product_rate(device, torch.bfloat16 if precision == 'bfloat16' else torch.float32)
+
+
+def product_rate(device, dtype):
+    """The best of a few shapes."""
     best, g = 0, torch.Generator(device).manual_seed(0)  # its own, so that a run draws the same masks with or without this
     for m, k, n in [(8192, 8192, 8192), (16384, 1024, 4096)] if device.startswith('cuda') else [(4096, 256, 1024), (4096, 1024, 256)]:
         a, b = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in ((m, k), (k, n)))
@@ -507,6 +510,7 @@ def bench(run):
     o, device = run.o, run.o.device
 
     def ms(fn, n):
+        run.t.zero_()  # the records have room for max(o.epochs, o.bench + 5)
         timed(device, fn, 5)
         return 1e3 * timed(device, fn, n)
 
@@ -517,13 +521,13 @@ def bench(run):
     r['training_ms'] = r['epoch_ms'] - r['validation_ms']  # with update and records
     r['spectra_ms'] = ms(run.captured(run.record_spectra), 1) if o.spectra_every else None
     run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
-    r['general_form_ms'] = ms(run.captured(run.step), 9)
+    r['general_form_ms'] = ms(run.captured(run.step), min(9, o.bench))
 
     r['training_gflop'], r['validation_gflop'] = gflop_per_epoch(o, run.data.classes)
     r['product_gflops'] = matmul_rate(device, o.precision)
     r['share'] = r['training_gflop'] / r['training_ms'] * 1e3 / r['product_gflops']
     torch.set_float32_matmul_precision('highest')
-    r['default_float32_gflops'] = matmul_rate(device, 'float32')
+    r['default_float32_gflops'] = product_rate(device, torch.float32)
     print(f'{run.products}, compile {"on" if run.compiled else "off"}: {r["epoch_ms"]:.4g} ms per epoch, {1e3 / r["epoch_ms"]:.4g} per second, '
           f'{r["validation_ms"]:.3g} ms of it validation; five epochs done {r["ready_s"]:.1f} s after the start')
     print(f'training: {r["training_gflop"]:.4g} GFLOP at {r["share"]:.0%} of the {r["product_gflops"]:.4g} GFLOP/s of a matrix product '
@@ -537,7 +541,7 @@ def bench(run):
 def main(argv):
     given = parse(argv)
     o, ckpt = resolve(given)
-    run, folder = Run(dataclasses.replace(o, epochs=o.epochs + o.bench + 30) if o.bench else o, ckpt), Path(o.out)  # room for the records
+    run, folder = Run(dataclasses.replace(o, epochs=max(o.epochs, o.bench + 5)) if o.bench else o, ckpt), Path(o.out)
     if folder.exists() and not folder.is_dir():
         raise Refusal(f'{folder} is not a folder')
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
@@ -554,7 +558,6 @@ def main(argv):
     else:
         other = 'fast' if o.preset == 'paper' else 'paper'
         o2, _ = resolve(given | dict(preset=other))
-        set_precision(o2.device, o2.precision)
         seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data.classes)) / matmul_rate(o2.device, o2.precision))
         set_precision(o.device, o.precision)
         why = 'as asked' if given.get('preset', 'auto') != 'auto' else f'the default {"with" if run.cuda else "without"} CUDA'
