@@ -118,7 +118,7 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
 def run_script(main):
     """Exit with what main(arguments) returns; what the user can mend ends in one line and exit code 2."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc gives big buffers back to the kernel and faults them in again,
-        libc = ctypes.CDLL(None)                                   # page by page, at every use; keeping them saves a quarter of an epoch
+        libc = ctypes.CDLL(None)                                   # page by page, at every use; keeping them saves a fifth of an epoch
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)           # M_MMAP_MAX, M_TRIM_THRESHOLD
     try:
         sys.exit(main(sys.argv[1:]))

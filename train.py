@@ -6,8 +6,8 @@
     python train.py --bench 50                # how fast, and how close to the matrix-product limit
     python train.py --help                    # every option with the paper's value; at its end what each preset changes
 
-Without a GPU the first ends after 7 to 8.5 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
-accuracy of .995 to .997 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
+Without a GPU the first ends after 7 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
+accuracy of .992 to .997 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
 """
 import time
 STARTED = time.perf_counter()  # before torch, which takes seconds
