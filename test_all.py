@@ -1044,13 +1044,16 @@ def test_seeds():
 
 
 def test_bench_prints_json(tmp_path):
+    assert cli(*TINY, '--epochs', 3, '--spectra_every', 2, '--out', tmp_path / 'run').returncode == 0
+    again = cli('--resume', '--bench', 5, '--out', tmp_path / 'run')  # of a finished run
+    assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith('{'), again.stderr
     done = cli(*TINY, '--bench', 5, '--epochs', 3, '--out', tmp_path / 'none', '--spectra_every', 2)
     assert done.returncode == 0 and not (tmp_path / 'none').exists(), done.stderr
     r = json.loads(done.stdout.splitlines()[-1])
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
     assert math.isclose(r['training_gflop'], per_row * 3 * 60 / 1e9) and math.isclose(r['validation_gflop'], per_row * 30 / 1e9)
     assert math.isclose(r['share'] * r['product_gflops'] * r['training_ms'], per_row * 3 * 60 / 1e6, rel_tol=1e-6)
-    assert min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'spectra_ms', 'ready_s', 'default_float32_gflops')) > 0
+    assert r['config']['epochs'] == 3 and min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'spectra_ms', 'ready_s', 'default_float32_gflops')) > 0
 
 
 def test_counted_work_at_the_papers_setting():
