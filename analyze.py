@@ -398,7 +398,8 @@ def omega(run, snaps):
 
 
 def analyse(path):
-    """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz."""
+    """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz. Sets
+    the precision of torch's float32 products, see `set_precision`."""
     set_precision('cpu', 'float32')
     run = Folder(path)
     d, p, solver = run.data, run.p, None

@@ -70,7 +70,7 @@ class Options:
     snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
     preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
     device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
-    compile: str = opt('auto', 'compile the model, on CUDA also the loss, and capture the step as a graph; auto = on CUDA (a CPU gains nothing)',
+    compile: str = opt('auto', 'compile the model, on CUDA also the loss, and capture the step as a graph; auto = on CUDA (a CPU gains little)',
                        choices=('auto', 'on', 'off'))
     out: str = opt('', 'run folder, out/TASK if not given')
     resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
@@ -529,7 +529,7 @@ def bench(run, o):
     torch.set_float32_matmul_precision('highest')
     r['default_float32_gflops'] = product_rate(device, torch.float32)
     print(f'{run.products}, compile {"on" if run.compiled else "off"}: {r["epoch_ms"]:.4g} ms per epoch, {1e3 / r["epoch_ms"]:.4g} per second, '
-          f'{r["validation_ms"]:.3g} ms of it validation; ready {r["ready_s"]:.1f} s after the start')
+          f'{r["validation_ms"]:.3g} ms of it validation; the first six done {r["ready_s"]:.1f} s after the start')
     print(f'training: {r["training_gflop"]:.4g} GFLOP at {100 * r["share"]:.2g} % of the {r["product_gflops"]:.4g} GFLOP/s of a matrix product '
           f'(by torch\'s default in float32: {r["default_float32_gflops"]:.4g} GFLOP/s)')
     print(f'general form of the model: {r["general_form_ms"]:.4g} ms per epoch, {r["general_form_ms"] / r["epoch_ms"]:.2f} times as long')
