@@ -64,7 +64,7 @@ class Transformer(nn.Module):
             score = torch.stack(look_up(score_table), 1).view(N, 3, O, H)
             att = (score * op[:, None, :, None]).sum(2).softmax(1)         # N T H, by the example's own operation
             mix = sum(a[..., None] * v.view(N, H, K) for a, v in zip(att.unbind(1), look_up(v_table))).flatten(1)  # N D, heads side by side
-        mid = (op @ tok[2 * p:] + mix @ self.W_O.flatten(0, 1)) * drop[0]         # N D
+        mid = (op @ tok[2 * p:] + mix @ self.W_O.flatten(0, 1)) * drop[0]  # N D
         neurons = (mid @ self.W_in).relu_()                                # N F
         post = (mid + neurons @ self.W_out) * drop[1]                      # N D
         if acts is not None:
