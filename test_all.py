@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py      # minutes on two CPU cores; what needs CUDA skips without it
 """
 import contextlib
+import csv
 import json
 import math
 import os
@@ -911,6 +912,95 @@ def test_progress_is_one_line_rewritten_on_a_terminal_and_plain_lines_in_a_log(t
     assert p.wait() == 0 and len(rewritten) == 1 and rewritten[0].count('\r') > 1 and 'ETA' in rewritten[0]
     log = cli(*TINY, '--epochs', 400, '--out', tmp_path / 'b').stdout
     assert '\r' not in log and '100%' in log and 'epochs/s' in log and 'grokked' in log
+
+
+# ------------------------------------------------------------------------------------------------ the sweep
+
+def swept(folder):
+    with open(Path(folder) / 'sweep.csv') as f:
+        return list(csv.DictReader(f))
+
+
+def test_sweep_ranks_its_settings(tmp_path, capsys):
+    args = [*TINY, '--epochs', '20', '--sweep_space', 'lr=1e-3,1e-2 lamb=0,2', '--out', str(tmp_path / 'a')]
+    assert not train.main([*args, '--sweep', '3'])
+    rows = swept(tmp_path / 'a')
+    ckpts = {Path(r['folder'], 'ckpt.pt'): Path(r['folder'], 'ckpt.pt').stat().st_mtime_ns for r in rows}
+    assert len(ckpts) == 3 and [float(r['valid_loss']) for r in rows] == sorted(float(r['valid_loss']) for r in rows)
+    assert not train.main([*args, '--sweep', '4'])  # one more; the others are not touched
+    rows = swept(tmp_path / 'a')
+    assert {(r['lr'], r['lamb']) for r in rows} == {('0.001', '0.0'), ('0.001', '2.0'), ('0.01', '0.0'), ('0.01', '2.0')}
+    assert all(path.stat().st_mtime_ns == t for path, t in ckpts.items())
+    best = rows[0]
+    assert not train.main([*TINY, '--epochs', '20', '--preset', 'paper', '--lr', best['lr'], '--lamb', best['lamb'], '--out', str(tmp_path / 'b')])
+    same_run(best['folder'], tmp_path / 'b')
+    tasks = json.loads((tmp_path / 'b' / 'summary.json').read_text())['tasks']
+    assert float(best['valid_loss']) == pytest.approx(sum(t['valid_loss'] / math.log(t['classes']) for t in tasks) / 4, rel=1e-5)
+    assert float(best['valid_acc']) == pytest.approx(sum(t['valid_acc'] for t in tasks) / 4) and best['epochs'] == '20'
+    capsys.readouterr()
+    assert not train.main([*args, '--sweep', '4', '--epochs', '30'])  # lengthened
+    assert capsys.readouterr().out.count('resumed at epoch 20') == 4 and {r['epochs'] for r in swept(tmp_path / 'a')} == {'30'}
+
+
+def test_sweep_draws_from_the_papers_grid():
+    settings = train.sweep_settings(dict(sweep=384))
+    assert len({tuple(s.items()) for s in settings}) == 384 and train.sweep_settings(dict(sweep=5)) == settings[:5]
+    assert {k: sorted({s[k] for s in settings}) for k in settings[0]} == dict(
+        dropout=[0, .1, .2, .5], lamb=[0, .5, 2], weight_decay=[0, .1, .5, 1], d_model=[128, 256], lr=[1e-4, 3e-4], n_heads=[4, 8])
+    assert train.sweep_settings(dict(sweep=5, seed=1)) != settings[:5]
+    assert len(train.sweep_settings(dict(sweep=192, d_model=128))) == 192 and 'd_model' not in train.sweep_settings(dict(sweep=1, d_model=128))[0]
+
+
+@pytest.mark.parametrize('args, says', [
+    ([97], '96 settings'), ([2, '--sweep_space', 'lr=1e-3,fast'], 'lr=1e-3,fast'), ([2, '--sweep_space', 'leraning_rate=1,2'], 'leraning_rate'),
+    ([2, '--sweep_space', 'lr'], "'lr'"), ([2, '--sweep_space', 'lr=1,2', '--lr', 1], 'by itself'), ([1, '--sweep_space', 'lr=-1,-2'], 'must lie'),
+    ([2, '--resume'], '--resume'), ([2, '--bench', 3], '--bench'), (['x'], 'sweep')])
+def test_bad_sweeps(tmp_path, args, says):
+    assert says in refused(*TINY, '--epochs', 3, '--out', tmp_path, '--sweep', *args)
+    assert not list(tmp_path.rglob('*.pt'))
+
+
+def test_a_setting_that_diverges_ranks_last(tmp_path):
+    assert not train.main([*TINY, '--weight_decay', '100', '--epochs', '60', '--sweep_space', 'lr=10,1e-3', '--sweep', '2', '--out', str(tmp_path)])
+    good, bad = swept(tmp_path)
+    assert good['lr'] == '0.001' and bad['lr'] == '10.0' and bad['valid_loss'] == 'inf' and bad['epochs'] == ''
+
+
+def test_a_sweep_over_two_processes_survives_the_death_of_one(tmp_path):
+    """Rank 1 dies by SIGKILL in the middle of its second setting; the next start, with one process less or not, does what is missing."""
+    (tmp_path / 'deadly.py').write_text("""
+import os, signal, sys, train
+runs, real = [], train.Run.step
+def step(run):
+    if run.epoch == 12:
+        runs.append(run)
+    if len(runs) == 2 and run.epoch == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(run)
+if os.environ['RANK'] == '1':
+    train.Run.step = step
+train.main(sys.argv[1:])
+""")
+    args = [*TINY, '--epochs', '30', '--sweep_space', 'lr=1e-3,1e-2,1e-4 lamb=0,2', '--sweep', '5', '--out', str(tmp_path / 'sweep')]
+    env = dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS='1')
+
+    def start(script):
+        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *args],
+                              capture_output=True, text=True, env=env, timeout=120)
+    first = start(tmp_path / 'deadly.py')
+    done = {f: f.read_bytes() for f in (tmp_path / 'sweep').glob('*/summary.json')}
+    assert first.returncode and 1 <= len(done) <= 4 and not (tmp_path / 'sweep' / 'sweep.csv').exists(), first.stderr
+    second = start(HERE / 'train.py')
+    assert second.returncode == 0, second.stderr
+    rows = swept(tmp_path / 'sweep')
+    assert len(rows) == 5 and all(r['epochs'] == '30' for r in rows) and all(f.read_bytes() == content for f, content in done.items())
+    assert [float(r['valid_loss']) for r in rows] == sorted(float(r['valid_loss']) for r in rows)
+
+
+def test_torchrun_is_for_sweeps(tmp_path):
+    env = dict(os.environ, TORCHELASTIC_RUN_ID='x')
+    done = cli(*TINY, '--epochs', 3, '--out', tmp_path, env=env)
+    assert done.returncode == 2 and 'torchrun is for --sweep' in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ bad input and faults

@@ -13,9 +13,11 @@ import time
 STARTED = time.perf_counter()  # before torch, which takes seconds
 
 import argparse
+import csv
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import math
 import os
@@ -75,6 +77,9 @@ class Options:
     out: str = opt('', 'run folder, out/TASK if not given')
     resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
     bench: int = opt(0, 'time so many epochs instead, save nothing; 0 = train', lo=0, hi=10**6)
+    sweep: int = opt(0, 'train so many settings drawn from a grid (by --seed), a folder each, and rank them; 0 = one run', lo=0, hi=10**5)
+    sweep_space: str = opt('dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 lr=3e-4,1e-4 n_heads=4,8',
+                           'grid of the sweep, as option=value,value; the default is the paper\'s (Table 1), less the options given by themselves')
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -92,7 +97,8 @@ PRESETS = {
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-HOW = {'device', 'compile', 'out', 'resume', 'bench'}  # where and how a run runs, not what it is: free to differ on resume
+TORCHRUN = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # where and how a run runs, not what it is: free to differ on resume
 
 
 def parse(argv):
@@ -354,6 +360,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- the loop
 
 SAVE_EVERY = 30  # seconds between checkpoints, or 20 times as long as one takes
+ONE_LINE = sys.stdout.isatty() and not TORCHRUN
 LINE_EVERY = 30  # seconds between progress lines where they cannot be rewritten in place
 
 
@@ -388,7 +395,7 @@ def train(run):
             rate = 0.8 * rate + 0.2 * speed if first > start + 1 else speed  # the first epoch has much to set up
             chunk = max(1, min(2 * chunk, int(speed)))
             run.wall_s = wall_before + now - began
-            if first > start and (sys.stdout.isatty() or now - line_at > LINE_EVERY):
+            if first > start and (ONE_LINE or now - line_at > LINE_EVERY):
                 line_at = now
                 progress(run, row, rate)
             if now - saved_at > max(SAVE_EVERY, 20 * save_cost):
@@ -404,8 +411,12 @@ def train(run):
     return signals[0] if signals else None
 
 
+class NotFinite(Refusal):
+    pass
+
+
 def check_finite(run, first):
-    """The newest row of the records, on the host, by the loop's only sync. Raises Refusal naming epoch and task if a loss,
+    """The newest row of the records, on the host, by the loop's only sync. Raises NotFinite naming epoch and task if a loss,
     gradient or weight since epoch `first` is not finite; nothing is saved then."""
     rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1)
     flat = torch.cat([rows.flatten()] + [w.detach().sum()[None] for w in run.weights]).cpu()
@@ -414,7 +425,7 @@ def check_finite(run, first):
     bad = [(first + i, columns[j]) for i, j in (~rows.isfinite()).nonzero()[:1].tolist()]
     bad += [(run.epoch, f'the weight {n}') for n, ok in zip(run.names, sums.isfinite()) if not ok]
     if bad:
-        raise Refusal(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; the last good checkpoint in {run.o.out} is kept; '
+        raise NotFinite(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; the last good checkpoint in {run.o.out} is kept; '
                       'start anew in another --out with a lower --lr or --muon_lr')
     return rows[-1]
 
@@ -429,7 +440,7 @@ def progress(run, row, rate, end=''):
     acc = row[3 * Q:4 * Q]
     line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  ETA {hms((o.epochs - run.epoch) / rate)}  grokked {(acc >= 0.99).sum()}/{Q}  '
             f'valid mean {acc.mean():.3f} worst {acc.min():.3f}  {rate:.3g} epochs/s')
-    if sys.stdout.isatty():
+    if ONE_LINE:
         print('\r\033[K' + line[:shutil.get_terminal_size().columns - 1], end=end, flush=True)
     else:
         print(line, flush=True)
@@ -445,7 +456,8 @@ def finish(run):
         for j, part in enumerate(('train', 'valid', 'test')):
             task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
         tasks.append(task)
-    summary = dict(tasks=tasks, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
+    objective = dict(zip(('train', 'valid', 'test'), (final[:, 0] @ run.task_weight.cpu()).tolist()))  # mean of CE_q / ln q
+    summary = dict(tasks=tasks, objective=objective, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
                    epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=VERSIONS, config=dataclasses.asdict(o))
     write(Path(o.out, 'summary.json'), json.dumps(summary, indent=1).encode())
 
@@ -538,8 +550,8 @@ def bench(run, o):
     print(json.dumps(r | dict(device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))))
 
 
-def main(argv):
-    given = parse(argv)
+def one_run(given):
+    """A whole run, or its bench, by the options given. Returns an exit code if a signal stopped it."""
     o, ckpt = resolve(given)
     run, folder = Run(dataclasses.replace(o, epochs=max(o.epochs, o.bench + 6)) if o.bench else o, ckpt), Path(o.out)
     if folder.exists() and not folder.is_dir():
@@ -556,15 +568,17 @@ def main(argv):
     if o.resume:
         print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {recipe}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
     else:
-        other = 'fast' if o.preset == 'paper' else 'paper'
-        o2, _ = resolve(given | dict(preset=other))
-        seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data.classes)) / matmul_rate(o2.device, o2.precision))
-        set_precision(o.device, o.precision)
-        why = 'as asked' if given.get('preset', 'auto') != 'auto' else f'the default {"with" if run.cuda else "without"} CUDA'
-        about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
-        print(f'preset {o.preset} ({why}): {recipe}; the other, some {about} here: python train.py '
-              + ' '.join([f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')]
-                         + [f'--preset {other} --out', shlex.quote(f'{o.out}-{other}')]))
+        why, hint = 'as asked', ''
+        if given.get('preset', 'auto') == 'auto':
+            other = 'fast' if o.preset == 'paper' else 'paper'
+            o2, _ = resolve(given | dict(preset=other))
+            seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data.classes)) / matmul_rate(o2.device, o2.precision))
+            set_precision(o.device, o.precision)
+            about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
+            why = f'the default {"with" if run.cuda else "without"} CUDA'
+            hint = f'; the other, some {about} here: python train.py ' + ' '.join(
+                [f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')] + [f'--preset {other} --out', shlex.quote(f'{o.out}-{other}')])
+        print(f'preset {o.preset} ({why}): {recipe}{hint}')
     with torch.no_grad():
         _, loss, _, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
@@ -578,6 +592,90 @@ def main(argv):
         print(f'saved at epoch {run.epoch:,}; go on with: python train.py --resume --out {shlex.quote(o.out)}')
         return 128 + stopped_by
     finish(run)
+
+
+# ---------------------------------------------------------------------------------------------------- many runs
+
+def sweep_settings(given):
+    """Options given -> a dict of options for each run of the sweep, in an order that the seed fixes: a longer sweep begins with the
+    shorter one. An option given by itself leaves the default grid. Raises Refusal."""
+    types, grid = {f.name: f.type for f in dataclasses.fields(Options) if f.name not in HOW | {'preset'}}, {}
+    for axis in given.get('sweep_space', Options.sweep_space).split():
+        name, _, values = axis.partition('=')
+        try:
+            values = [types[name](v) for v in values.split(',')]
+        except (KeyError, ValueError):
+            raise Refusal(f'--sweep_space takes option=value,value ..., not {axis!r}')
+        if name not in given:
+            grid[name] = values
+        elif 'sweep_space' in given:
+            raise Refusal(f'--{name} is given by itself and in --sweep_space')
+    settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    if given['sweep'] > len(settings):
+        raise Refusal(f'--sweep {given["sweep"]} of a grid with {len(settings)} settings')
+    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(given.get('seed', Options.seed)))
+    return [settings[i] for i in order[:given['sweep']]]
+
+
+def sweep(given):
+    """Train every setting that is not trained yet, each in its own folder, then rank all by the validation loss at their end, as the
+    paper did. Of the processes that torchrun starts each takes its share. Returns an exit code if a signal stopped it."""
+    if given.get('resume') or given.get('bench'):
+        raise Refusal('--sweep goes with neither --resume nor --bench; the same command again goes on with a sweep')
+    settings = sweep_settings(given)
+    folder = Path(given.get('out') or f'out/{given.get("task", Options.task)}-sweep')
+    given = {'preset': 'paper'} | {k: v for k, v in given.items() if k not in ('sweep', 'sweep_space', 'out')}
+    rank, world = 0, 1
+    if TORCHRUN:
+        torch.distributed.init_process_group('gloo', timeout=timedelta(days=365))  # shares end hours apart
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if torch.cuda.is_available():
+            given.setdefault('device', f'cuda:{os.environ["LOCAL_RANK"]}')
+
+    rows, trained, began, share = [], 0, time.perf_counter(), list(enumerate(settings))[rank::world]
+    for i, setting in share:
+        out = folder / ','.join(f'{k}={v}' for k, v in setting.items())
+        options = given | setting | dict(out=str(out))
+        if (out / 'ckpt.pt').exists():
+            options['resume'] = True
+        o, _ = resolve(options)
+        eta = f', ETA {hms((time.perf_counter() - began) / trained * (len(share) - len(rows)))} for all' if trained else ''
+        print(f'\nsetting {i + 1} of {len(settings)}: {out.name}{eta}', flush=True)
+        row = setting | dict(valid_loss=math.inf, folder=str(out))
+        try:
+            if not (out / 'summary.json').exists() or json.loads((out / 'summary.json').read_text())['epochs'] < o.epochs:
+                trained += 1
+                if stopped := one_run(options):
+                    return stopped
+            s = json.loads((out / 'summary.json').read_text())
+            row |= dict(valid_loss=s['objective']['valid'], valid_acc=sum(t['valid_acc'] for t in s['tasks']) / len(s['tasks']),
+                        grokked=sum(t['valid_acc'] >= 0.99 for t in s['tasks']), epochs=s['epochs'], wall_s=s['wall_s'])
+        except NotFinite as e:
+            print(f'note: {e}')  # it ranks last
+        rows.append(row)
+
+    shares = [rows]
+    if TORCHRUN:
+        torch.distributed.gather_object(rows, shares := [None] * world if rank == 0 else None)
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        rows = sorted(sum(shares, []), key=lambda row: row['valid_loss'])
+        table = csv.DictWriter(text := io.StringIO(), [*settings[0], 'valid_loss', 'valid_acc', 'grokked', 'epochs', 'wall_s', 'folder'], lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
+        write(folder / 'sweep.csv', text.getvalue().encode())
+        print(f'\nvalidation loss / ln q of {len(rows)} settings, all of them in {folder / "sweep.csv"}')
+        for row in rows[:10]:
+            print(f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}')
+
+
+def main(argv):
+    given = parse(argv)
+    if given.get('sweep'):
+        return sweep(given)
+    if TORCHRUN:
+        raise Refusal('torchrun is for --sweep; one run takes one process')
+    return one_run(given)
 
 
 if __name__ == '__main__':
