@@ -6,6 +6,7 @@ Prints a table per run and writes analysis.json (single numbers) and analysis.np
 beside the same number of the same weights at initialisation, its null.
 """
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -179,7 +180,7 @@ def embedding(W):
 def positions(W_pos):
     """Pearson correlation of the embeddings of positions 0 and 1 (figure 7); 0 where it is not defined."""
     a, b = W_pos[:2] - W_pos[:2].mean(1, keepdim=True)
-    return dict(W_pos_pearson=a @ b / (a.norm() * b.norm()).clamp(min=1e-30)), dict(W_pos=W_pos)
+    return dict(W_pos_pearson=a @ b / (a.norm() * b.norm()).clamp(min=1e-30)), dict(W_pos=W_pos.clone())
 
 
 def attention(att, p):
@@ -311,7 +312,9 @@ class Folder:
                     self.snapshots[int(file.stem)] = snap['model']
             except (Refusal, ValueError) as e:
                 self.missing.append(f'{e}; going on without it')
-        if len(self.snapshots) == 1:
+        shipped = self.path / 'snapshots.npz'
+        self.shipped = dict(np.load(io.BytesIO(shipped.read_bytes()))) if shipped.exists() else {}
+        if len(self.snapshots) == 1 and not self.shipped:
             self.missing.append(f'{path} has no weight snapshots: nothing over snapshots')
         self.records = load_records(self.path, self.data.classes, self.epoch)
         if self.epoch and not self.records:
@@ -410,7 +413,7 @@ def analyse(path):
     final, arrays = measure(run, run.final, solver)
     key = torch.tensor(final['key_frequencies'], dtype=torch.long) if 'key_frequencies' in final else None
     initial, start = measure(run, run.initial, solver, key)
-    snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else {}
+    snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
         arrays |= omega(run, snaps)
@@ -473,15 +476,193 @@ def table(numbers):
     return '\n'.join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------- results that travel
+
+def ship(path, to):
+    """Write a folder that analyze.py and plots.py take like the run's own, at a fraction of its size: the weights without what a resumed
+    run needs, the records packed (accuracies exact, all else to 12 bits), and instead of the weights of the snapshots their numbers."""
+    if to.exists() and any(to.iterdir()):
+        raise Refusal(f'{to} is not empty')
+    write(to / 'ckpt.pt', load(path / 'ckpt.pt') | dict(optimizer=[], filter={}, rng={}))
+    write(to / 'summary.json', (path / 'summary.json').read_bytes())
+    records, snaps = dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+    for name, v in records.items():
+        if v.dtype == np.float32 and not name.endswith('acc'):
+            mantissa, exponent = np.frexp(v)
+            records[name] = np.ldexp(np.round(mantissa * 4096) / 4096, exponent).astype(np.float32)
+    for name, arrays in (('metrics', records), ('snapshots', {k: v for k, v in snaps.items() if k.startswith('snapshot_')})):
+        np.savez_compressed(buffer := io.BytesIO(), **arrays)
+        write(to / f'{name}.npz', buffer.getvalue())
+
+
+def rounded(v):
+    """Numbers of a dict or list to four digits."""
+    if isinstance(v, dict):
+        return {k: rounded(x) for k, x in v.items()}
+    return [rounded(x) for x in v] if isinstance(v, list) else float(f'{v:.4g}') if isinstance(v, float) else v
+
+
+def perfect_from(acc, least=1.0, for_epochs=500):
+    """First epoch from which every task has validation accuracy `least` for so many epochs on end, or None. acc (E, Q)."""
+    good = np.flatnonzero(np.convolve((acc >= least).all(1), np.ones(for_epochs), 'valid') > for_epochs - 0.5)
+    return int(good[0]) if len(good) else None
+
+
+def result(path, numbers, note=''):
+    """What a finished run came to, small enough to collect: its options, scores per task, the numbers of its analysis."""
+    try:
+        s, r = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz'))
+    except OSError as e:
+        raise Refusal(f'{path} holds no finished run: {e}')
+    lists = {k: [t[k] for t in s['tasks']] for k in ('name', 'train_acc', 'valid_acc', 'test_acc', 'grok_epoch', 'grok_epoch_sustained')}
+    half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
+    final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
+    return rounded(dict(note=note, config=s['config'], epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
+                        perfect=perfect_from(r['valid_acc']), half_of_gradients=half, final=final, initial=initial))
+
+
+RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the README tells of, one line each
+
+
+def command(config, note=''):
+    """The options, seeds aside, that make a run of this config by train.py, and the note on what else was changed."""
+    import train  # which imports this file
+    task, preset = config['task'], config['preset']
+    base = dataclasses.asdict(train.Options(**train.PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'], task=task))
+    own = {k: v for k, v in config.items() if k in base and k not in train.HOW | {'seed', 'data_seed', 'preset', 'snapshots', 'spectra_every'} and v != base[k]}
+    return ' '.join([f'--preset {preset}'] + [f'--task {task}'] * (task != 'miiii') + [f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k, v in own.items()] + [f'({note})'] * bool(note))
+
+
+def results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def collect(path, numbers, note):
+    """Add a run to the results, in the place of one with the same options, seeds and note."""
+    runs = {(command(r['config'], r['note']), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), result(path, numbers, note)]}
+    write(RESULTS, ''.join(json.dumps(runs[key]) + '\n' for key in sorted(runs)).encode())
+
+
+# ways to look at a result; each gives one value
+
+def mean_score(part):
+    return lambda r: f'{np.mean(r["tasks"][f"{part}_acc"]):.4f}'
+
+
+def final(name):
+    return lambda r: r['final'][name]
+
+
+def solved(r):
+    return f'{sum(a == 1 for a in r["tasks"]["valid_acc"])}/{len(r["tasks"]["name"])}'
+
+
+def arrivals(r, skip=()):
+    """Moduli q and the epochs at which their tasks first had 99 % validation accuracy, the earliest first; those that had are in."""
+    epochs = {name.split()[-1]: e for name, e in zip(r['tasks']['name'], r['tasks']['grok_epoch']) if e is not None}
+    return sorted(((e, q) for q, e in epochs.items() if q not in skip), key=lambda x: x[0])
+
+
+def order(skip=(), n=4):
+    return lambda r: '-'.join(q for _, q in arrivals(r, skip)[:n]) or 'none'
+
+
+def span(r):
+    rest = arrivals(r, skip=('2', '3', '5', '7'))
+    return f'{rest[0][0]:,}-{rest[-1][0]:,}' if rest else 'none'
+
+
+def first_epoch(r):
+    return f'{r["tasks"]["grok_epoch"][0]:,}' if r['tasks']['grok_epoch'][0] is not None else 'never'
+
+
+def half(*names):
+    return lambda r: '/'.join(f'{r["half_of_gradients"][n]:,}' for n in names)
+
+
+def score(extreme):
+    return lambda r: f'{extreme(abs(x) for x in r["final"]["attention_score"]):.2f}'
+
+
+FAST, NANDA, PAPER = '--preset fast', '--preset fast --task nanda', '--preset paper --precision bfloat16'
+MASKED, BASIS = FAST + ' --task masked', FAST + ' --task basis'
+CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
+    ('(a) all 29 tasks reach 1.0 on validation', '29 of 29', 'open', [
+        (FAST, 'tasks at 1.0:', solved), (PAPER, "paper's settings:", solved)]),
+    ('(b) 2, 3, 5, 7 come first, in that order', '2-3-5-7', 'open', [
+        (FAST, '', order()), (PAPER, "paper's settings:", order())]),
+    ('(b) the other 25 come together', 'near epoch 40,000', 'open', [
+        (FAST, 'first to last at .99, epochs', span), (PAPER, "paper's settings:", span)]),
+    ('(c) without the filter (lamb 0) it does not converge', 'no', 'open', []),
+    ('(d) without dropout only 2 and 3 generalise', '2, 3', 'open', [(FAST + ' --dropout 0', 'ever at .99:', order(n=29))]),
+    ('(d) one dropout mask per example, or one for the batch', 'batch', 'open', [
+        (FAST, 'example:', mean_score('valid')), (FAST + ' --dropout_mask batch', 'batch:', mean_score('valid'))]),
+    ('(e) without 2, 3, 5, 7 in the loss, 11, 13, 17, 19 come first', '11-13-17-19', 'open', [
+        (MASKED, '', order())]),
+    ('(e) and the rest is not delayed', 'not delayed', 'open', [
+        (MASKED, 'the 25, masked, epochs', span), (FAST, 'with all tasks', span)]),
+    ('(f) correlation of the two positions, 29 tasks', '-0.64', 'open', [(FAST, '', final('W_pos_pearson')), (BASIS, 'shuffled answers:', final('W_pos_pearson'))]),
+    ('(f) the same, modular addition', '0.95', 'open', [(NANDA, '', final('W_pos_pearson'))]),
+    ('(g) singular values of W_E more diffuse for the 29 tasks', 'far more', 'open', [
+        (FAST, 'to 50 % of their sum:', final('W_E_n50')), (NANDA, 'modular addition:', final('W_E_n50'))]),
+    ('(h) frequencies of W_E above mean + 2 sd', 'about 5 (nanda), many (miiii), none (basis)', 'open', [
+        (NANDA, 'nanda', final('W_E_active')), (FAST, 'miiii', final('W_E_active')), (BASIS, 'basis', final('W_E_active'))]),
+    ('(j) heads attend one digit each in miiii, both in nanda', 'yes', 'open', [
+        (FAST, 'least mean difference of the two digits, miiii', score(min)), (NANDA, 'largest, nanda', score(max)), (BASIS, 'least, basis', score(min))]),
+    ('(k) the gradients of attention settle early', 'yes', 'open', [
+        (FAST, 'half of the sum of norms by epoch: W_Q/W_K/W_in/W_U', half('W_Q', 'W_K', 'W_in', 'W_U'))]),
+]
+NETWORKS = [('miiii', FAST, 'final'), ('masked', FAST + ' --task masked', 'final'), ('miiii, dropout 0', FAST + ' --dropout 0', 'final'),
+            ('basis', FAST + ' --task basis', 'final'), ('random weights, as for miiii', FAST, 'initial'), ('nanda', FAST + ' --task nanda', 'final'),
+            ("miiii by the paper's settings", PAPER, 'final')]
+
+
+def report():
+    """The README's tables in Markdown, from the results alone; one value per seed throughout."""
+    groups = {}
+    for r in results():
+        groups.setdefault(command(r['config'], r['note']), []).append(r)
+
+    def each(runs, value, fmt='{:.3g}'):
+        return ' '.join(v if isinstance(v, str) else '-' if v is None else fmt.format(v) for v in map(value, runs))
+
+    def table(columns, rows):
+        return '\n'.join(f'| {" | ".join(cells)} |' for cells in (columns, ['---'] * len(columns), *rows)) + '\n'
+
+    print(table(['claim', 'paper', 'here', 'by', 'verdict'], [
+        (claim, paper, '; '.join(f'{words} {each(groups[options], value) if options in groups else "not run"}'.strip() for options, words, value in look),
+         ', '.join(f'`{options}`' for options in dict.fromkeys(options for options, *_ in look)), verdict) for claim, paper, verdict, look in CLAIMS]))
+    print(table(['`python train.py` with', 'seeds', 'epochs', 'validation', 'at 1.0', 'test', 'all at 1.0 for 500 epochs, from', 'device'], [
+        (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
+         each(runs, lambda r: r['perfect'], '{:,}'), f'{runs[0]["device"]}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items()]))
+    neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
+    print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
+                 'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
+        (name, *(each(groups[options], lambda r: r[when][k], fmt) for k, fmt in neurons)) for name, options, when in NETWORKS if options in groups]))
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='a run folder written by train.py')
-    for path in parser.parse_args(argv).runs:
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='a run folder written by train.py')
+    parser.add_argument('--ship', metavar='FOLDER', help='also write a small copy of the one run there, for analyze.py and plots.py')
+    parser.add_argument('--collect', action='store_true', help=f'also put what the runs came to into assets/{RESULTS.name}')
+    parser.add_argument('--note', default='', help='with --collect: what else was changed, if the code was')
+    parser.add_argument('--report', action='store_true', help="print the README's tables from there")
+    args = parser.parse_args(argv)
+    if not args.runs and not args.report or args.ship and len(args.runs) != 1:
+        raise Refusal('--ship takes one run folder' if args.ship else 'name a run folder, or --report')
+    for path in map(Path, args.runs):
         numbers, missing = analyse(path)
         print(f'{path}: {table(numbers)}\n')
         for line in missing:
             print(f'note: {line}')
+        if args.collect:
+            collect(path, numbers, args.note)
+        if args.ship:
+            ship(path, Path(args.ship))
+    if args.report:
+        report()
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@
 """
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -717,6 +718,62 @@ def test_a_run_without_snapshots_or_records(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if 'not drawn' in line] == ['accuracy', 'loss', 'gradients', 'variance', 'omega']
     assert (folder / 'figures' / 'mechanism.png').exists()
+
+
+def test_a_shipped_run_is_taken_like_its_own_folder(folders, tmp_path):
+    folder, to = folders['miiii'][0], tmp_path / 'small'
+    done = cli(folder, '--ship', to, script='analyze.py')
+    assert done.returncode == 0, done.stderr
+    assert sum(f.stat().st_size for f in to.iterdir()) < sum(f.stat().st_size for f in folder.rglob('*.*')) / 4
+    own, small = (np.load(x / 'metrics.npz') for x in (folder, to))
+    assert all(np.array_equal(own[k], small[k]) if own[k].dtype != np.float32 or 'acc' in k else np.allclose(own[k], small[k], rtol=2 ** -12, atol=0) for k in own.files)
+    done = cli(to, script='analyze.py')
+    assert done.returncode == 0 and 'note' not in done.stdout, done.stderr + done.stdout
+    assert (to / 'analysis.json').read_text() == (folder / 'analysis.json').read_text()
+    own, small = (np.load(x / 'analysis.npz') for x in (folder, to))
+    assert own.files == small.files and all(np.allclose(own[k], small[k], rtol=1e-3, atol=1e-3) for k in own.files if own[k].dtype != bool)
+    done = cli(to, script='plots.py')
+    assert done.returncode == 0 and 'not drawn' not in done.stdout.replace('mechanism not drawn', ''), done.stdout
+    assert 'cannot resume' in refused('--resume', '--epochs', 40, '--out', to)
+    assert 'is not empty' in refused(folder, '--ship', to, script='analyze.py')
+    assert 'one run' in refused(folder, folder, '--ship', tmp_path / 'b', script='analyze.py')
+
+
+def test_perfect_from():
+    acc = np.ones((40, 3))
+    acc[:7, 0], acc[20, 2] = 0, 0.999
+    assert [analyze.perfect_from(acc, for_epochs=n) for n in (1, 13, 14, 19, 20)] == [7, 7, 21, 21, None]
+    assert analyze.perfect_from(acc, 0.99, 30) == 7
+
+
+def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(analyze, 'RESULTS', tmp_path / 'results.json')
+    for _ in range(2):  # the second takes the place of the first
+        analyze.main([str(folders['nanda'][0]), str(folders['miiii'][0]), '--collect'])
+    runs = {r['config']['task']: r for r in analyze.results()}
+    assert len(analyze.results()) == 2
+    r, m = runs['miiii'], np.load(folders['miiii'][0] / 'metrics.npz')
+    s = json.loads((folders['miiii'][0] / 'summary.json').read_text())
+    assert r['tasks']['valid_acc'] == pytest.approx([t['valid_acc'] for t in s['tasks']], rel=1e-3) and r['config'] == s['config']
+    for i, name in enumerate(m['grad_norm_names']):
+        total = m['grad_norm'][:, i].sum()
+        e = r['half_of_gradients'][name]
+        assert m['grad_norm'][:e, i].sum() < total / 2 <= m['grad_norm'][:e + 1, i].sum() * (1 + 1e-6)
+    capsys.readouterr()
+    analyze.main(['--report'])
+    shown = capsys.readouterr().out
+    assert f'`{analyze.command(r["config"])}` | 1 | 30 |' in shown and 'not run' in shown
+    again = dataclasses.asdict(train.resolve(train.parse(analyze.command(r['config']).split()))[0])  # these options make the same run
+    assert all(again[k] == v for k, v in r['config'].items() if k not in train.HOW | {'spectra_every', 'snapshots'})
+    folder = shutil.copytree(folders['nanda'][0], tmp_path / 'unfinished')
+    (folder / 'summary.json').unlink()
+    assert 'holds no finished run' in refused(folder, '--collect', script='analyze.py')
+
+
+def test_the_readme_shows_the_report(capsys):
+    analyze.main(['--report'])
+    tables = capsys.readouterr().out.strip().split('\n\n')
+    assert len(tables) >= 3 and all(table in (HERE / 'README.md').read_text() for table in tables)
 
 
 def test_without_room_for_waves(folders, tmp_path, monkeypatch):
