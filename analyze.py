@@ -312,8 +312,12 @@ class Folder:
                     self.snapshots[int(file.stem)] = snap['model']
             except (Refusal, ValueError) as e:
                 self.missing.append(f'{e}; going on without it')
-        shipped = self.path / 'snapshots.npz'
-        self.shipped = dict(np.load(io.BytesIO(shipped.read_bytes()))) if shipped.exists() else {}
+        self.shipped = {}  # numbers of snapshots that are not here
+        if (self.path / 'snapshots.npz').exists():
+            try:
+                self.shipped = dict(np.load(io.BytesIO((self.path / 'snapshots.npz').read_bytes())))
+            except Exception as e:  # numpy raises many types on a damaged file
+                self.missing.append(f'{path}/snapshots.npz cannot be read ({type(e).__name__}); going on without it')
         if len(self.snapshots) == 1 and not self.shipped:
             self.missing.append(f'{path} has no weight snapshots: nothing over snapshots')
         self.records = load_records(self.path, self.data.classes, self.epoch)
@@ -480,19 +484,21 @@ def table(numbers):
 
 def ship(path, to):
     """Write a folder that analyze.py and plots.py take like the run's own, at a fraction of its size: the weights without what a resumed
-    run needs, the records packed (accuracies exact, all else to 12 bits), and instead of the weights of the snapshots their numbers."""
-    if to.exists() and any(to.iterdir()):
-        raise Refusal(f'{to} is not empty')
-    write(to / 'ckpt.pt', load(path / 'ckpt.pt') | dict(optimizer=[], filter={}, rng={}))
-    write(to / 'summary.json', (path / 'summary.json').read_bytes())
-    records, snaps = dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+    run needs, the records packed (most to 12 bits), and instead of the weights of the snapshots their numbers. After `analyse`."""
+    ckpt = load(path / 'ckpt.pt') | dict(optimizer=[], filter={}, rng={})
+    try:
+        summary, records, arrays = (path / 'summary.json').read_bytes(), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+    except OSError as e:
+        raise Refusal(f'{path} holds no finished run: {e}')
     for name, v in records.items():
-        if v.dtype == np.float32 and not name.endswith('acc'):
+        if v.dtype == np.float32 and name not in ('train_acc', 'valid_acc', 'variance'):  # counts, and numbers of which differences are taken
             mantissa, exponent = np.frexp(v)
             records[name] = np.ldexp(np.round(mantissa * 4096) / 4096, exponent).astype(np.float32)
-    for name, arrays in (('metrics', records), ('snapshots', {k: v for k, v in snaps.items() if k.startswith('snapshot_')})):
-        np.savez_compressed(buffer := io.BytesIO(), **arrays)
+    for name, content in (('metrics', records), ('snapshots', {k: v for k, v in arrays.items() if k.startswith('snapshot_')})):
+        np.savez_compressed(buffer := io.BytesIO(), **content)
         write(to / f'{name}.npz', buffer.getvalue())
+    write(to / 'summary.json', summary)
+    write(to / 'ckpt.pt', ckpt)
 
 
 def rounded(v):
@@ -511,14 +517,15 @@ def perfect_from(acc, least=1.0, for_epochs=500):
 def result(path, numbers, note=''):
     """What a finished run came to, small enough to collect: its options, scores per task, the numbers of its analysis."""
     try:
-        s, r = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz'))
+        s, r, a = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
     except OSError as e:
         raise Refusal(f'{path} holds no finished run: {e}')
     lists = {k: [t[k] for t in s['tasks']] for k in ('name', 'train_acc', 'valid_acc', 'test_acc', 'grok_epoch', 'grok_epoch_sustained')}
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
+    omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
     return rounded(dict(note=note, config=s['config'], epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
-                        perfect=perfect_from(r['valid_acc']), half_of_gradients=half, final=final, initial=initial))
+                        perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
 
 RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the README tells of, one line each
@@ -530,7 +537,8 @@ def command(config, note=''):
     task, preset = config['task'], config['preset']
     base = dataclasses.asdict(train.Options(**train.PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'], task=task))
     own = {k: v for k, v in config.items() if k in base and k not in train.HOW | {'seed', 'data_seed', 'preset', 'snapshots', 'spectra_every'} and v != base[k]}
-    return ' '.join([f'--preset {preset}'] + [f'--task {task}'] * (task != 'miiii') + [f'--{k} {v:g}' if isinstance(v, float) else f'--{k} {v}' for k, v in own.items()] + [f'({note})'] * bool(note))
+    own = {k: f'{v:g}' if isinstance(v, float) and float(f'{v:g}') == v else v for k, v in own.items()}
+    return ' '.join([f'--preset {preset}'] + [f'--task {task}'] * (task != 'miiii') + [f'--{k} {v}' for k, v in own.items()] + [f'({note})'] * bool(note))
 
 
 def results():
@@ -563,8 +571,12 @@ def arrivals(r, skip=()):
     return sorted(((e, q) for q, e in epochs.items() if q not in skip), key=lambda x: x[0])
 
 
-def order(skip=(), n=4):
-    return lambda r: '-'.join(q for _, q in arrivals(r, skip)[:n]) or 'none'
+def order(n):
+    """The first n tasks as in 2-3-5-7; = instead of - joins those of one epoch."""
+    def show(r):
+        tasks = arrivals(r)[:n]
+        return ''.join(q + ('' if after is None else '=' if after[0] == e else '-') for (e, q), after in zip(tasks, [*tasks[1:], None])) or 'none'
+    return show
 
 
 def span(r):
@@ -572,7 +584,8 @@ def span(r):
     return f'{rest[0][0]:,}-{rest[-1][0]:,}' if rest else 'none'
 
 
-def first_epoch(r):
+def came(r):
+    """Epoch of 99 % validation accuracy of a single task."""
     return f'{r["tasks"]["grok_epoch"][0]:,}' if r['tasks']['grok_epoch'][0] is not None else 'never'
 
 
@@ -580,41 +593,53 @@ def half(*names):
     return lambda r: '/'.join(f'{r["half_of_gradients"][n]:,}' for n in names)
 
 
+def omega_counts(which):
+    """Active frequencies at epochs 256, 1,024, 4,096, 16,384 and at the end: column of `omega`, which says how they are counted."""
+    return lambda r: '-'.join(f'{row[which]:.3g}' for row in r['omega'].values()) or 'none'
+
+
 def score(extreme):
     return lambda r: f'{extreme(abs(x) for x in r["final"]["attention_score"]):.2f}'
 
 
-FAST, NANDA, PAPER = '--preset fast', '--preset fast --task nanda', '--preset paper --precision bfloat16'
-MASKED, BASIS = FAST + ' --task masked', FAST + ' --task basis'
+FAST, FULL, NANDA = '--preset fast', '--preset fast --train_frac 0.7 --epochs 2000', '--preset fast --task nanda'
+PAPER, SMALL = '--preset paper --precision bfloat16', '--preset paper --task nanda --p 59 --train_frac 0.5{} --epochs 10000'
+MASKED, BASIS, NO_DROPOUT, BATCH = FAST + ' --task masked', FAST + ' --task basis', FAST + ' --dropout 0', FAST + ' --dropout_mask batch'
+
 CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
     ('(a) all 29 tasks reach 1.0 on validation', '29 of 29', 'open', [
-        (FAST, 'tasks at 1.0:', solved), (PAPER, "paper's settings:", solved)]),
+        (FULL, 'tasks at 1.0, 70 % of the numbers:', solved), (FAST, '50 %:', solved), (PAPER, "30 %, the paper's settings:", solved)]),
     ('(b) 2, 3, 5, 7 come first, in that order', '2-3-5-7', 'open', [
-        (FAST, '', order()), (PAPER, "paper's settings:", order())]),
+        (FULL, '70 %:', order(4)), (FAST, '50 %:', order(4)), (PAPER, "30 %, the paper's settings:", order(4))]),
     ('(b) the other 25 come together', 'near epoch 40,000', 'open', [
-        (FAST, 'first to last at .99, epochs', span), (PAPER, "paper's settings:", span)]),
-    ('(c) without the filter (lamb 0) it does not converge', 'no', 'open', []),
-    ('(d) without dropout only 2 and 3 generalise', '2, 3', 'open', [(FAST + ' --dropout 0', 'ever at .99:', order(n=29))]),
+        (FULL, 'first to last at .99, epochs', span), (FAST, '50 %:', span), (PAPER, "30 %, the paper's settings:", span)]),
+    ('(c) without the filter (lamb 0) it does not converge', 'no', 'not run', [
+        (PAPER + ' --lamb 0', 'lamb 0:', solved), (PAPER + ' --lr 0.00045 --lamb 0', 'and lr times 1 + lamb:', solved)]),
+    ('(c) the same for modular addition, p = 59', 'not reported', 'open', [
+        (SMALL.format(' --lamb 0.5'), 'at .99 from epoch, lamb .5:', came), (SMALL.format(''), 'lamb 0:', came), (SMALL.format(' --lr 0.0015'), 'lamb 0 and lr times 1.5:', came)]),
+    ('(d) without dropout only 2 and 3 generalise', '2, 3', 'open', [(NO_DROPOUT, 'ever at .99:', order(29))]),
     ('(d) one dropout mask per example, or one for the batch', 'batch', 'open', [
-        (FAST, 'example:', mean_score('valid')), (FAST + ' --dropout_mask batch', 'batch:', mean_score('valid'))]),
-    ('(e) without 2, 3, 5, 7 in the loss, 11, 13, 17, 19 come first', '11-13-17-19', 'open', [
-        (MASKED, '', order())]),
-    ('(e) and the rest is not delayed', 'not delayed', 'open', [
-        (MASKED, 'the 25, masked, epochs', span), (FAST, 'with all tasks', span)]),
-    ('(f) correlation of the two positions, 29 tasks', '-0.64', 'open', [(FAST, '', final('W_pos_pearson')), (BASIS, 'shuffled answers:', final('W_pos_pearson'))]),
-    ('(f) the same, modular addition', '0.95', 'open', [(NANDA, '', final('W_pos_pearson'))]),
-    ('(g) singular values of W_E more diffuse for the 29 tasks', 'far more', 'open', [
-        (FAST, 'to 50 % of their sum:', final('W_E_n50')), (NANDA, 'modular addition:', final('W_E_n50'))]),
-    ('(h) frequencies of W_E above mean + 2 sd', 'about 5 (nanda), many (miiii), none (basis)', 'open', [
-        (NANDA, 'nanda', final('W_E_active')), (FAST, 'miiii', final('W_E_active')), (BASIS, 'basis', final('W_E_active'))]),
-    ('(j) heads attend one digit each in miiii, both in nanda', 'yes', 'open', [
-        (FAST, 'least mean difference of the two digits, miiii', score(min)), (NANDA, 'largest, nanda', score(max)), (BASIS, 'least, basis', score(min))]),
+        (FAST, 'mean validation accuracy, example:', mean_score('valid')), (BATCH, 'batch:', mean_score('valid'))]),
+    ('(e) without 2, 3, 5, 7 in the loss, 11, 13, 17, 19 come first', '11-13-17-19', 'open', [(MASKED, '', order(4))]),
+    ('(e) and the rest is not delayed', 'not delayed', 'open', [(MASKED, 'first to last of the 25 at .99:', span), (FAST, 'with all 29 trained:', span)]),
+    ('(f) Pearson correlation of the two positions: 29 tasks', '-0.64', 'open', [
+        (FULL, '', final('W_pos_pearson')), (FAST, '50 %:', final('W_pos_pearson')), (BASIS, 'shuffled answers:', final('W_pos_pearson'))]),
+    ('(f) modular addition', '0.95', 'open', [(NANDA, '', final('W_pos_pearson'))]),
+    ('(g) singular values of W_E are more diffuse for the 29 tasks', 'far more', 'open', [
+        (FULL, 'how many make 50 % of their sum:', final('W_E_n50')), (NANDA, 'modular addition:', final('W_E_n50'))]),
+    ('(h) frequencies of W_E above mean + 2 sd', '5 (addition), many (29 tasks), none (shuffled)', 'open', [
+        (NANDA, 'addition:', final('W_E_active')), (FULL, '29 tasks:', final('W_E_active')), (BASIS, 'shuffled:', final('W_E_active'))]),
+    ('(i) active frequencies of neurons at epochs 256, 1,024, 4,096, 16,384, 65,536', '0-0-10-18-10', 'open', [
+        (PAPER, "the paper's rule, bins of a neuron's 2-D DFT:", omega_counts(0)), (PAPER, 'averaged as in its code:', omega_counts(1)),
+        (PAPER, 'carried, without leakage:', omega_counts(2)), (FULL, 'carried at 256, 1,024, 2,000, 70 %:', omega_counts(2))]),
+    ('(j) heads attend one digit each for the 29 tasks, both for addition', 'yes', 'open', [
+        (FULL, 'least difference of a head between the digits:', score(min)), (NANDA, 'largest, addition:', score(max)), (BASIS, 'least, shuffled:', score(min))]),
     ('(k) the gradients of attention settle early', 'yes', 'open', [
-        (FAST, 'half of the sum of norms by epoch: W_Q/W_K/W_in/W_U', half('W_Q', 'W_K', 'W_in', 'W_U'))]),
+        (FULL, 'half of the summed norm by epoch, W_Q/W_K/W_V/W_in/W_U:', half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U')), (PAPER, "30 %, the paper's settings:", half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U'))]),
 ]
-NETWORKS = [('miiii', FAST, 'final'), ('masked', FAST + ' --task masked', 'final'), ('miiii, dropout 0', FAST + ' --dropout 0', 'final'),
-            ('basis', FAST + ' --task basis', 'final'), ('random weights, as for miiii', FAST, 'initial'), ('nanda', FAST + ' --task nanda', 'final'),
-            ("miiii by the paper's settings", PAPER, 'final')]
+NETWORKS = [  # name, options, weights at the end or at the start
+    ('29 tasks, 70 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
+    ('dropout 0', NO_DROPOUT, 'final'), ('shuffled answers (basis)', BASIS, 'final'), ('random weights', FAST, 'initial'), ('modular addition', NANDA, 'final')]
 
 
 def report():
@@ -634,7 +659,7 @@ def report():
          ', '.join(f'`{options}`' for options in dict.fromkeys(options for options, *_ in look)), verdict) for claim, paper, verdict, look in CLAIMS]))
     print(table(['`python train.py` with', 'seeds', 'epochs', 'validation', 'at 1.0', 'test', 'all at 1.0 for 500 epochs, from', 'device'], [
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
-         each(runs, lambda r: r['perfect'], '{:,}'), f'{runs[0]["device"]}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items()]))
+         each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items()]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
@@ -650,8 +675,12 @@ def main(argv):
     parser.add_argument('--note', default='', help='with --collect: what else was changed, if the code was')
     parser.add_argument('--report', action='store_true', help="print the README's tables from there")
     args = parser.parse_args(argv)
-    if not args.runs and not args.report or args.ship and len(args.runs) != 1:
-        raise Refusal('--ship takes one run folder' if args.ship else 'name a run folder, or --report')
+    if not args.runs and (args.collect or not args.report):
+        raise Refusal('name a run folder' + ', or --report' * (not args.collect))
+    if args.ship and (len(args.runs) != 1 or Path(args.ship).exists()):
+        raise Refusal(f'--ship takes one run folder, and {args.ship} must not exist yet')
+    if args.note and not args.collect:
+        raise Refusal('--note goes with --collect')
     for path in map(Path, args.runs):
         numbers, missing = analyse(path)
         print(f'{path}: {table(numbers)}\n')

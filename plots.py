@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, path):
         self.path, (j, z) = Path(path), (Path(path, 'analysis.json'), Path(path, 'analysis.npz'))
-        sources = [f.stat().st_mtime for f in (Path(analyze.__file__), *(self.path / n for n in ('ckpt.pt', 'metrics.npz', 'snapshots'))) if f.exists()]
+        sources = [f.stat().st_mtime for f in (Path(analyze.__file__), *(self.path / n for n in ('ckpt.pt', 'metrics.npz', 'snapshots', 'snapshots.npz'))) if f.exists()]
         if not all(f.exists() and f.stat().st_mtime >= max(sources) for f in (j, z)):
             if (self.path / 'ckpt.pt').exists():
                 print(f'{path}: no up-to-date analysis yet, making one', flush=True)

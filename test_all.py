@@ -726,7 +726,7 @@ def test_a_shipped_run_is_taken_like_its_own_folder(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sum(f.stat().st_size for f in to.iterdir()) < sum(f.stat().st_size for f in folder.rglob('*.*')) / 4
     own, small = (np.load(x / 'metrics.npz') for x in (folder, to))
-    assert all(np.array_equal(own[k], small[k]) if own[k].dtype != np.float32 or 'acc' in k else np.allclose(own[k], small[k], rtol=2 ** -12, atol=0) for k in own.files)
+    assert all(np.array_equal(own[k], small[k]) if own[k].dtype != np.float32 or 'acc' in k or k == 'variance' else np.allclose(own[k], small[k], rtol=2 ** -12, atol=0) for k in own.files)
     done = cli(to, script='analyze.py')
     assert done.returncode == 0 and 'note' not in done.stdout, done.stderr + done.stdout
     assert (to / 'analysis.json').read_text() == (folder / 'analysis.json').read_text()
@@ -735,8 +735,10 @@ def test_a_shipped_run_is_taken_like_its_own_folder(folders, tmp_path):
     done = cli(to, script='plots.py')
     assert done.returncode == 0 and 'not drawn' not in done.stdout.replace('mechanism not drawn', ''), done.stdout
     assert 'cannot resume' in refused('--resume', '--epochs', 40, '--out', to)
-    assert 'is not empty' in refused(folder, '--ship', to, script='analyze.py')
+    assert 'must not exist' in refused(folder, '--ship', to, script='analyze.py')
     assert 'one run' in refused(folder, folder, '--ship', tmp_path / 'b', script='analyze.py')
+    (to / 'snapshots.npz').write_bytes(b'half')
+    assert 'snapshots.npz cannot be read' in cli(to, script='analyze.py').stdout
 
 
 def test_perfect_from():
@@ -744,6 +746,12 @@ def test_perfect_from():
     acc[:7, 0], acc[20, 2] = 0, 0.999
     assert [analyze.perfect_from(acc, for_epochs=n) for n in (1, 13, 14, 19, 20)] == [7, 7, 21, 21, None]
     assert analyze.perfect_from(acc, 0.99, 30) == 7
+
+
+def test_order_and_span_of_a_result():
+    r = dict(tasks=dict(name=[f'n mod {q}' for q in (2, 3, 5, 7, 11, 13)], grok_epoch=[4, 9, 9, None, 1200, 30]))
+    assert analyze.order(4)(r) == '2-3=5-13' and analyze.order(29)(r) == '2-3=5-13-11' and analyze.span(r) == '30-1,200'
+    assert analyze.order(3)(dict(tasks=dict(name=['n mod 2'], grok_epoch=[None]))) == 'none'
 
 
 def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, capsys):
@@ -767,7 +775,8 @@ def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, caps
     assert all(again[k] == v for k, v in r['config'].items() if k not in train.HOW | {'spectra_every', 'snapshots'})
     folder = shutil.copytree(folders['nanda'][0], tmp_path / 'unfinished')
     (folder / 'summary.json').unlink()
-    assert 'holds no finished run' in refused(folder, '--collect', script='analyze.py')
+    assert 'holds no finished run' in refused(folder, '--collect', script='analyze.py') and 'holds no finished run' in refused(folder, '--ship', tmp_path / 'b', script='analyze.py')
+    assert not (tmp_path / 'b').exists() and 'name a run' in refused('--report', '--collect', script='analyze.py') and '--collect' in refused(folder, '--note', 'x', script='analyze.py')
 
 
 def test_the_readme_shows_the_report(capsys):
@@ -994,6 +1003,10 @@ def test_sweep_ranks_its_settings(tmp_path, capsys):
     tasks = json.loads((tmp_path / 'b' / 'summary.json').read_text())['tasks']
     assert float(best['valid_loss']) == pytest.approx(sum(t['valid_loss'] / math.log(t['classes']) for t in tasks) / 4, rel=1e-5)
     assert float(best['valid_acc']) == pytest.approx(sum(t['valid_acc'] for t in tasks) / 4) and best['epochs'] == '20'
+    with pytest.raises(data.Refusal, match='disagrees'):
+        train.main([*args, '--sweep', '4', '--weight_decay', '1'])
+    with pytest.raises(data.Refusal, match='epochs 20, now it is 65536'):  # an option left out this time
+        train.main([a for a in [*args, '--sweep', '4'] if a not in ('--epochs', '20')])
     capsys.readouterr()
     assert not train.main([*args, '--sweep', '4', '--epochs', '30'])  # lengthened
     assert capsys.readouterr().out.count('resumed at epoch 20') == 4 and {r['epochs'] for r in swept(tmp_path / 'a')} == {'30'}
@@ -1010,11 +1023,45 @@ def test_sweep_draws_from_the_papers_grid():
 
 @pytest.mark.parametrize('args, says', [
     ([97], '96 settings'), ([2, '--sweep_space', 'lr=1e-3,fast'], 'lr=1e-3,fast'), ([2, '--sweep_space', 'leraning_rate=1,2'], 'leraning_rate'),
-    ([2, '--sweep_space', 'lr'], "'lr'"), ([2, '--sweep_space', 'lr=1,2', '--lr', 1], 'by itself'), ([1, '--sweep_space', 'lr=-1,-2'], 'must lie'),
+    ([2, '--sweep_space', 'lr'], "'lr'"), ([2, '--sweep_space', 'lr=1,2', '--lr', 1], 'given twice'), ([2, '--sweep_space', 'lr=1,1.0'], 'given twice'),
+    ([2, '--sweep_space', 'lr=1 lr=2'], 'given twice'), ([2, '--sweep_space', 'lr=1e-3,-1'], 'must lie'), ([2, '--sweep_space', 'seed=1,2', '--n_heads', 3], 'divisible'),
+    ([-1], '-1 of a grid'), ([0, '--sweep_space', 'lr=1,2'], 'for --sweep N'),
     ([2, '--resume'], '--resume'), ([2, '--bench', 3], '--bench'), (['x'], 'sweep')])
 def test_bad_sweeps(tmp_path, args, says):
     assert says in refused(*TINY, '--epochs', 3, '--out', tmp_path, '--sweep', *args)
     assert not list(tmp_path.rglob('*.pt'))
+
+
+def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
+    args, real = [*TINY, '--epochs', '40', '--sweep_space', 'lr=1e-3,1e-2', '--sweep', '2', '--out'], train.Run.step
+    assert not train.main([*args, str(tmp_path / 'straight')])
+
+    def step(run):
+        if run.epoch == 9 and len(list((tmp_path / 'sweep').iterdir())) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(train.Run, 'step', real)
+        real(run)
+    monkeypatch.setattr(train.Run, 'step', step)
+    assert train.main([*args, str(tmp_path / 'sweep')]) == 128 + signal.SIGTERM
+    assert 'same command again' in capsys.readouterr().out and not (tmp_path / 'sweep' / 'sweep.csv').exists()
+    assert not train.main([*args, str(tmp_path / 'sweep')])
+    for a, b in zip(swept(tmp_path / 'straight'), swept(tmp_path / 'sweep'), strict=True):
+        assert a['valid_loss'] == b['valid_loss']
+        same_run(a['folder'], b['folder'])
+
+
+def test_every_setting_is_compiled(monkeypatch):
+    """torch gives up on a function after eight versions of it; a sweep needs more."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch, 'compile', lambda fn, **kw: real(fn, backend=backend, **kw))
+    for width in range(2, 24, 2):
+        run = make_run('--d_model', width, '--compile', 'on', '--dropout', 0, '--epochs', 1)
+        run.step()
+        assert len(graphs) == width, width  # two for each: with gradient and without
 
 
 def test_a_setting_that_diverges_ranks_last(tmp_path):
@@ -1057,7 +1104,7 @@ train.main(sys.argv[1:])
 def test_torchrun_is_for_sweeps(tmp_path):
     env = dict(os.environ, TORCHELASTIC_RUN_ID='x')
     done = cli(*TINY, '--epochs', 3, '--out', tmp_path, env=env)
-    assert done.returncode == 2 and 'torchrun is for --sweep' in done.stderr
+    assert done.returncode == 2 and 'are for --sweep N' in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ bad input and faults

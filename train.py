@@ -77,7 +77,7 @@ class Options:
     out: str = opt('', 'run folder, out/TASK if not given')
     resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
     bench: int = opt(0, 'time so many epochs instead, save nothing; 0 = train', lo=0, hi=10**6)
-    sweep: int = opt(0, 'train so many settings drawn from a grid (by --seed), a folder each, and rank them; 0 = one run', lo=0, hi=10**5)
+    sweep: int = opt(0, 'train so many settings drawn from a grid (by --seed), a folder each, and rank them; around the paper preset unless --preset fast; 0 = one run', lo=0, hi=10**5)
     sweep_space: str = opt('dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 lr=3e-4,1e-4 n_heads=4,8',
                            'grid of the sweep, as option=value,value; the default is the paper\'s (Table 1), less the options given by themselves')
 
@@ -88,12 +88,14 @@ class Options:
                 raise Refusal(f'--{f.name} cannot be {v!r}')
             if f.type in (int, float) and not lo <= v <= hi:
                 raise Refusal(f'--{f.name} must lie between {lo} and {hi}, not {v}')
+        if self.d_model % self.n_heads:
+            raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
 
 
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
 PRESETS = {
     'paper': {'miiii': {}, 'nanda': dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)},
-    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
+    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=1500, spectra_every=100),
              'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
 }   # basis and masked take the settings of miiii
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
@@ -172,8 +174,6 @@ class Run:
             raise Refusal(e)
         if not d.in_loss.any():
             raise Refusal(f'task {o.task} leaves nothing to train on at p = {o.p}')
-        if o.d_model % o.n_heads:
-            raise Refusal(f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
         self.parts = [(d.x[rows], d.y[rows]) for rows in (r.to(self.device) for r in self.split)]  # train, valid, test
         self.ln_q = torch.tensor(d.classes, device=self.device).log()
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
@@ -181,6 +181,7 @@ class Run:
         self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
         self.logits, self.losses = self.model, fused_losses(d.classes, self.device) if self.cuda else task_losses
         if self.compiled:
+            torch.compiler.reset()  # of the runs before in a sweep: torch compiles few versions of one function, then runs it eagerly
             self.logits = torch.compile(self.model, dynamic=False)
         if self.compiled and self.cuda:
             self.losses = torch.compile(self.losses, dynamic=False)
@@ -438,7 +439,7 @@ def progress(run, row, rate, end=''):
     """One line, rewritten in place on a terminal, a line of its own in a log."""
     o, Q = run.o, len(run.data.classes)
     acc = row[3 * Q:4 * Q]
-    line = (f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  ETA {hms((o.epochs - run.epoch) / rate)}  grokked {(acc >= 0.99).sum()}/{Q}  '
+    line = (f'[{os.environ.get("RANK")}] ' * TORCHRUN + f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  ETA {hms((o.epochs - run.epoch) / rate)}  grokked {(acc >= 0.99).sum()}/{Q}  '
             f'valid mean {acc.mean():.3f} worst {acc.min():.3f}  {rate:.3g} epochs/s')
     if ONE_LINE:
         print('\r\033[K' + line[:shutil.get_terminal_size().columns - 1], end=end, flush=True)
@@ -606,12 +607,12 @@ def sweep_settings(given):
             values = [types[name](v) for v in values.split(',')]
         except (KeyError, ValueError):
             raise Refusal(f'--sweep_space takes option=value,value ..., not {axis!r}')
+        if name in grid or len(set(values)) < len(values) or name in given and 'sweep_space' in given:
+            raise Refusal(f'--sweep_space has {axis!r}, and some of that is given twice')
         if name not in given:
             grid[name] = values
-        elif 'sweep_space' in given:
-            raise Refusal(f'--{name} is given by itself and in --sweep_space')
     settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if given['sweep'] > len(settings):
+    if not 0 < given['sweep'] <= len(settings):
         raise Refusal(f'--sweep {given["sweep"]} of a grid with {len(settings)} settings')
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(given.get('seed', Options.seed)))
     return [settings[i] for i in order[:given['sweep']]]
@@ -624,28 +625,38 @@ def sweep(given):
         raise Refusal('--sweep goes with neither --resume nor --bench; the same command again goes on with a sweep')
     settings = sweep_settings(given)
     folder = Path(given.get('out') or f'out/{given.get("task", Options.task)}-sweep')
-    given = {'preset': 'paper'} | {k: v for k, v in given.items() if k not in ('sweep', 'sweep_space', 'out')}
-    rank, world = 0, 1
-    if TORCHRUN:
-        torch.distributed.init_process_group('gloo', timeout=timedelta(days=365))  # shares end hours apart
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if torch.cuda.is_available():
-            given.setdefault('device', f'cuda:{os.environ["LOCAL_RANK"]}')
+    given = {k: v for k, v in given.items() if k not in ('sweep', 'sweep_space', 'out')}
+    given['preset'] = 'fast' if given.get('preset') == 'fast' else 'paper'
+    rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if TORCHRUN else (0, 1)
+    if TORCHRUN and torch.cuda.is_available() and given.get('device', 'auto') in ('auto', 'cuda'):
+        given['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
+    given['precision'] = resolve(given | settings[0])[0].precision  # measured once, if at all
 
-    rows, trained, began, share = [], 0, time.perf_counter(), list(enumerate(settings))[rank::world]
-    for i, setting in share:
+    plan = []
+    for setting in settings:  # every fault of an option shows itself before any work is done
         out = folder / ','.join(f'{k}={v}' for k, v in setting.items())
         options = given | setting | dict(out=str(out))
+        o, _ = resolve(options)
         if (out / 'ckpt.pt').exists():
             options['resume'] = True
-        o, _ = resolve(options)
+            own, _ = resolve(options)
+            for k, v in dataclasses.asdict(o).items():
+                if k not in HOW and getattr(own, k) != v:
+                    raise Refusal(f'{out} was trained with --{k} {getattr(own, k)}, now it is {v}: not one sweep; give the same command, or another --out')
+        plan.append((setting, out, options, o.epochs))
+
+    if TORCHRUN:
+        torch.distributed.init_process_group('gloo', timeout=timedelta(days=365))  # shares end hours apart
+    rows, trained, began, share = [], 0, time.perf_counter(), list(enumerate(plan))[rank::world]
+    for i, (setting, out, options, epochs) in share:
         eta = f', ETA {hms((time.perf_counter() - began) / trained * (len(share) - len(rows)))} for all' if trained else ''
         print(f'\nsetting {i + 1} of {len(settings)}: {out.name}{eta}', flush=True)
         row = setting | dict(valid_loss=math.inf, folder=str(out))
         try:
-            if not (out / 'summary.json').exists() or json.loads((out / 'summary.json').read_text())['epochs'] < o.epochs:
+            if not (out / 'summary.json').exists() or json.loads((out / 'summary.json').read_text())['epochs'] < epochs:
                 trained += 1
                 if stopped := one_run(options):
+                    print('the same command again goes on with the whole sweep')
                     return stopped
             s = json.loads((out / 'summary.json').read_text())
             row |= dict(valid_loss=s['objective']['valid'], valid_acc=sum(t['valid_acc'] for t in s['tasks']) / len(s['tasks']),
@@ -659,8 +670,8 @@ def sweep(given):
         torch.distributed.gather_object(rows, shares := [None] * world if rank == 0 else None)
         torch.distributed.destroy_process_group()
     if rank == 0:
-        rows = sorted(sum(shares, []), key=lambda row: row['valid_loss'])
-        table = csv.DictWriter(text := io.StringIO(), [*settings[0], 'valid_loss', 'valid_acc', 'grokked', 'epochs', 'wall_s', 'folder'], lineterminator='\n')
+        rows = sorted(sum(shares, []), key=lambda row: row['valid_loss'] if math.isfinite(row['valid_loss']) else math.inf)
+        table = csv.DictWriter(text := io.StringIO(), dict.fromkeys([*settings[0], 'valid_loss', 'valid_acc', 'grokked', 'epochs', 'wall_s', 'folder']), lineterminator='\n')
         table.writeheader()
         table.writerows(rows)
         write(folder / 'sweep.csv', text.getvalue().encode())
@@ -673,8 +684,8 @@ def main(argv):
     given = parse(argv)
     if given.get('sweep'):
         return sweep(given)
-    if TORCHRUN:
-        raise Refusal('torchrun is for --sweep; one run takes one process')
+    if TORCHRUN or 'sweep_space' in given:
+        raise Refusal('torchrun and --sweep_space are for --sweep N')
     return one_run(given)
 
 
