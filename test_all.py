@@ -779,6 +779,21 @@ def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, caps
     assert not (tmp_path / 'b').exists() and 'name a run' in refused('--report', '--collect', script='analyze.py') and '--collect' in refused(folder, '--note', 'x', script='analyze.py')
 
 
+@pytest.mark.parametrize('task', ['miiii', 'nanda'])
+def test_the_shipped_runs_are_those_of_the_results(task, tmp_path):
+    """Every task of the shipped weights is right on all validation rows, and the results say of them what they hold."""
+    run = analyze.Folder(HERE / 'assets' / task)
+    with torch.no_grad():
+        numbers = {part: task_losses(run.net(run.data.x[rows]), run.data.y[rows], run.data.classes)[1].tolist() for part, rows in zip(('valid', 'test'), run.rows[1:])}
+    assert set(numbers['valid']) == {1.0} and not run.missing
+    r, = [r for r in analyze.results() if r['config'] == run.config]
+    assert r['tasks']['valid_acc'] == numbers['valid'] and r['tasks']['test_acc'] == pytest.approx(numbers['test'], abs=1e-3)
+    shown = analyze.embedding(run.net.W_E[:113])[0] | analyze.positions(run.net.W_pos)[0]
+    assert all(r['final'][k] == pytest.approx(float(v), rel=1e-3) for k, v in shown.items())
+    assert r['tasks']['grok_epoch'] == [analyze.grok_epochs(acc, 1)[0] for acc in run.records['valid_acc'].T]
+    assert sum(f.stat().st_size for f in (HERE / 'assets').rglob('*') if 'figures' not in f.parts and 'analysis' not in f.stem) < 8e6
+
+
 def test_the_readme_shows_the_report(capsys):
     analyze.main(['--report'])
     tables = capsys.readouterr().out.strip().split('\n\n')
@@ -1028,8 +1043,9 @@ def test_sweep_draws_from_the_papers_grid():
     ([-1], '-1 of a grid'), ([0, '--sweep_space', 'lr=1,2'], 'for --sweep N'),
     ([2, '--resume'], '--resume'), ([2, '--bench', 3], '--bench'), (['x'], 'sweep')])
 def test_bad_sweeps(tmp_path, args, says):
-    assert says in refused(*TINY, '--epochs', 3, '--out', tmp_path, '--sweep', *args)
-    assert not list(tmp_path.rglob('*.pt'))
+    with pytest.raises(data.Refusal) as refusal:
+        train.main([*TINY, '--epochs', '3', '--out', str(tmp_path), '--sweep', *map(str, args)])
+    assert says in str(refusal.value) and not list(tmp_path.rglob('*.pt'))
 
 
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
