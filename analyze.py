@@ -489,8 +489,9 @@ def ship(path, to):
     """Write a folder that analyze.py and plots.py take like the run's own, at a fraction of its size: the weights without what a resumed
     run needs, the records packed (most to 12 bits), and instead of the weights of the snapshots their numbers. After `analyse`."""
     ckpt = load(path / 'ckpt.pt') | dict(optimizer=[], filter={}, rng={})
+    ckpt['config']['out'] = ''  # where it was is no matter any more
     try:
-        summary, records, arrays = (path / 'summary.json').read_bytes(), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+        summary, records, arrays = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
     except OSError as e:
         raise Refusal(f'{path} holds no finished run: {e}')
     for name, v in records.items():
@@ -500,7 +501,7 @@ def ship(path, to):
     for name, content in (('metrics', records), ('snapshots', {k: v for k, v in arrays.items() if k.startswith('snapshot_')})):
         np.savez_compressed(buffer := io.BytesIO(), **content)
         write(to / f'{name}.npz', buffer.getvalue())
-    write(to / 'summary.json', summary)
+    write(to / 'summary.json', json.dumps(summary | dict(config=ckpt['config']), indent=1).encode())
     write(to / 'ckpt.pt', ckpt)
 
 
@@ -527,7 +528,7 @@ def result(path, numbers, note=''):
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
-    return rounded(dict(note=note, config=s['config'], epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
+    return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
 
