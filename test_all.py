@@ -734,7 +734,7 @@ def test_a_shipped_run_is_taken_like_its_own_folder(folders, tmp_path):
     assert own.files == small.files and all(np.allclose(own[k], small[k], rtol=1e-3, atol=1e-3) for k in own.files if own[k].dtype != bool)
     done = cli(to, script='plots.py')
     assert done.returncode == 0 and 'not drawn' not in done.stdout.replace('mechanism not drawn', ''), done.stdout
-    assert 'cannot resume' in refused('--resume', '--epochs', 40, '--out', to)
+    assert 'made by --ship' in refused('--resume', '--epochs', 40, '--out', to)
     assert 'must not exist' in refused(folder, '--ship', to, script='analyze.py')
     assert 'one run' in refused(folder, folder, '--ship', tmp_path / 'b', script='analyze.py')
     (to / 'snapshots.npz').write_bytes(b'half')
@@ -751,6 +751,7 @@ def test_perfect_from():
 def test_order_and_span_of_a_result():
     r = dict(tasks=dict(name=[f'n mod {q}' for q in (2, 3, 5, 7, 11, 13)], grok_epoch=[4, 9, 9, None, 1200, 30]))
     assert analyze.order(4)(r) == '2-3=5-13' and analyze.order(29)(r) == '2-3=5-13-11' and analyze.span(r) == '30-1,200'
+    assert analyze.span(dict(tasks=dict(r['tasks'], grok_epoch=[4, 9, 9, None, None, 30]))) == '30-30 (1 never)'
     assert analyze.order(3)(dict(tasks=dict(name=['n mod 2'], grok_epoch=[None]))) == 'none'
 
 

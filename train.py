@@ -337,6 +337,8 @@ class Run:
     def restore(self, ckpt):
         """The state that `save` wrote. Raises Refusal if it does not fit."""
         try:
+            if not ckpt['optimizer']:
+                raise ValueError('a copy made by --ship, without what resuming needs')
             self.model.load_state_dict(ckpt['model'])
             self.epoch, self.wall_s = int(ckpt['step']), float(ckpt['wall_s'])
             self.t.fill_(self.epoch)
