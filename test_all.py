@@ -814,7 +814,7 @@ def test_without_room_for_waves(folders, tmp_path, monkeypatch):
 
 def test_bad_folders(folders, tmp_path):
     assert 'no run folder' in refused(tmp_path, script='analyze.py') and 'no run folder' in refused(tmp_path, script='plots.py')
-    assert 'RUN' in refused(script='analyze.py') and '--data' in refused(script='plots.py') and 'only' in refused('--data', '--only', 'nothing', script='plots.py')
+    assert 'name a run' in refused(script='analyze.py') and '--data' in refused(script='plots.py') and 'only' in refused('--data', '--only', 'nothing', script='plots.py')
     assert 'needs a run' in refused('--data', '--only', 'waves', script='plots.py') and 'name a run' in refused('--data', '--animate', 'waves', script='plots.py')
     folder = shutil.copytree(folders['miiii'][0], tmp_path / 'run')
     good = (folder / 'ckpt.pt').read_bytes()
