@@ -1,7 +1,7 @@
 """From a run folder to numbers: what the weights and activations of a trained model hold. Nothing here trains or draws.
 
     python analyze.py out/miiii [out/nanda ...]
-    python analyze.py out/miiii --ship small/miiii  # a copy to pass on, about a tenth of the size
+    python analyze.py out/miiii --ship small/miiii  # a copy to pass on, a twentieth of the size
     python analyze.py out/miiii --collect           # add the run to assets/results.json
     python analyze.py --report                      # the README's tables, printed from there
 
