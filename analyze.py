@@ -485,15 +485,20 @@ def table(numbers):
 
 # ---------------------------------------------------------------------------------------------------- results that travel
 
+def finished(path):
+    """summary.json, metrics.npz and analysis.npz of a finished run that has been analysed. Raises Refusal."""
+    try:
+        return json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+    except OSError as e:
+        raise Refusal(f'{path} holds no finished run: {e}')
+
+
 def ship(path, to):
     """Write a folder that analyze.py and plots.py take like the run's own, at a fraction of its size: the weights without what a resumed
     run needs, the records packed (most to 12 bits), and instead of the weights of the snapshots their numbers. After `analyse`."""
     ckpt = load(path / 'ckpt.pt') | dict(optimizer=[], filter={}, rng={})
     ckpt['config']['out'] = ''  # where it was is no matter any more
-    try:
-        summary, records, arrays = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
-    except OSError as e:
-        raise Refusal(f'{path} holds no finished run: {e}')
+    summary, records, arrays = finished(path)
     for name, v in records.items():
         if v.dtype == np.float32 and name not in ('train_acc', 'valid_acc', 'variance'):  # counts, and numbers of which differences are taken
             mantissa, exponent = np.frexp(v)
@@ -520,10 +525,7 @@ def perfect_from(acc, least=1.0, for_epochs=500):
 
 def result(path, numbers, note=''):
     """What a finished run came to, small enough to collect: its options, scores per task, the numbers of its analysis."""
-    try:
-        s, r, a = json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
-    except OSError as e:
-        raise Refusal(f'{path} holds no finished run: {e}')
+    s, r, a = finished(path)
     lists = {k: [t[k] for t in s['tasks']] for k in ('name', 'train_acc', 'valid_acc', 'test_acc', 'grok_epoch', 'grok_epoch_sustained')}
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
@@ -532,7 +534,7 @@ def result(path, numbers, note=''):
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
 
-RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the README tells of, one line each
+RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the README tells of, a line each
 
 
 def command(config, note=''):
@@ -546,13 +548,13 @@ def command(config, note=''):
 
 
 def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def collect(path, numbers, note):
     """Add a run to the results, in the place of one with the same options, seeds and note."""
     runs = {(command(r['config'], r['note']), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), result(path, numbers, note)]}
-    write(RESULTS, ''.join(json.dumps(runs[key]) + '\n' for key in sorted(runs)).encode())
+    write(RESULTS, ('[\n' + ',\n'.join(json.dumps(runs[key]) for key in sorted(runs)) + '\n]\n').encode())
 
 
 # ways to look at a result; each gives one value
@@ -561,8 +563,8 @@ def mean_score(part):
     return lambda r: f'{np.mean(r["tasks"][f"{part}_acc"]):.4f}'
 
 
-def final(name):
-    return lambda r: r['final'][name]
+def final(name, when='final'):
+    return lambda r: r[when][name]
 
 
 def solved(r):
@@ -616,7 +618,7 @@ def score(extreme):
 FAST, FULL, NANDA = '--preset fast', '--preset fast --train_frac 0.8 --epochs 2000', '--preset fast --task nanda'
 PAPER, SMALL = '--preset paper --precision bfloat16', '--preset paper --task nanda --p 31 --train_frac 0.8{} --epochs 6000'
 MASKED, BASIS, NO_DROPOUT = (f'{FAST} {o} (an earlier version)' for o in ('--task masked', '--task basis', '--dropout 0'))
-EXAMPLE, BATCH = FAST + ' --epochs 1500', FAST + ' --dropout_mask batch --epochs 1500'
+EARLIER, EXAMPLE, BATCH = FAST + ' (an earlier version)', FAST + ' --epochs 1500', FAST + ' --dropout_mask batch --epochs 1500'
 
 CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
     ('(a) all 29 tasks reach 1.0 on validation', '29 of 29', 'qualified: with 80 % of the numbers and the fast recipe; at 30 % not confirmed', [
@@ -633,13 +635,14 @@ CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words 
     ('(d) one dropout mask per example, or one for the batch', 'batch', 'no difference beyond that of the seeds', [
         (EXAMPLE, 'mean validation accuracy, example:', mean_score('valid')), (BATCH, 'batch:', mean_score('valid'))]),
     ('(e) without 2, 3, 5, 7 in the loss, 11, 13, 17, 19 come first', '11-13-17-19', 'qualified: 11 first, then mixed', [(MASKED, '', order(4))]),
-    ('(e) and the rest is not delayed', 'not delayed', 'qualified: no delay in those that come', [(MASKED, 'first to last of the 25 at .99, epochs', span), (FAST, 'with all 29 trained:', span)]),
+    ('(e) and the rest is not delayed', 'not delayed', 'qualified: no delay in those that come', [(MASKED, 'first to last of the 25 at .99, epochs', span), (EARLIER, 'with all 29 trained:', span)]),
     ('(f) Pearson correlation of the two positions: 29 tasks', '-0.64', 'qualified: the sign, but shuffled answers have it too', [
         (FULL, '', final('W_pos_pearson')), (FAST, '50 %:', final('W_pos_pearson')), (BASIS, 'shuffled answers:', final('W_pos_pearson')),
         (PAPER, "30 %, the paper's settings:", final('W_pos_pearson'))]),
     ('(f) modular addition', '0.95', 'qualified: either sign, by seed', [(NANDA, '', final('W_pos_pearson'))]),
     ('(g) singular values of W_E are more diffuse for the 29 tasks', 'far more', 'confirmed', [
-        (FULL, 'how many make 50 % of their sum:', final('W_E_n50')), (NANDA, 'modular addition:', final('W_E_n50'))]),
+        (FULL, 'how many make 50 % of their sum:', final('W_E_n50')), (FULL, 'at initialisation', final('W_E_n50', 'initial')),
+        (NANDA, 'modular addition:', final('W_E_n50')), (NANDA, 'at initialisation', final('W_E_n50', 'initial'))]),
     ('(h) frequencies of W_E above mean + 2 sd', '5 (addition), many (29 tasks), none (shuffled)', 'qualified: addition and shuffled yes, 29 tasks broad without peaks', [
         (NANDA, 'addition:', final('W_E_active')), (FULL, '29 tasks:', final('W_E_active')), (BASIS, 'shuffled:', final('W_E_active'))]),
     ('(i) active frequencies of neurons at epochs 256, 1,024, 4,096, 16,384, 65,536', '0-0-10-18-10', 'not confirmed by any count', [

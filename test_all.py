@@ -788,7 +788,7 @@ def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize('task', ['miiii', 'nanda'])
-def test_the_shipped_runs_are_those_of_the_results(task, tmp_path):
+def test_the_shipped_runs_are_those_of_the_results(task):
     """Every task of the shipped weights is right on all validation rows, and the results say of them what they hold."""
     run = analyze.Folder(HERE / 'assets' / task)
     with torch.no_grad():
@@ -1093,7 +1093,7 @@ def test_a_setting_that_diverges_ranks_last(tmp_path):
 
 
 def test_a_sweep_over_two_processes_survives_the_death_of_one(tmp_path):
-    """Rank 1 dies by SIGKILL in the middle of its second setting; the next start, with one process less or not, does what is missing."""
+    """Rank 1 dies by SIGKILL in the middle of its second setting; the next start does what is missing."""
     (tmp_path / 'deadly.py').write_text("""
 import os, signal, sys, train
 runs, real = [], train.Run.step

@@ -5,7 +5,7 @@
     python train.py --resume --out out/miiii  # go on where a run stopped
     python train.py --bench 50                # how fast, and how close to the matrix-product limit
     python train.py --sweep 20                # 20 settings of the paper's grid, ranked; the same command again goes on with it
-    torchrun --nproc_per_node 8 train.py --sweep 384  # all of them, a GPU for each process
+    torchrun --nproc_per_node 8 train.py --sweep 384  # all of them, a GPU for each process (not run on GPUs yet)
     python train.py --help                    # every option with the paper's value; at its end what each preset changes
 
 Without a GPU the first ends after 6 to 6.5 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
@@ -431,7 +431,7 @@ def check_finite(run, first):
     bad += [(run.epoch, f'the weight {n}') for n, ok in zip(run.names, sums.isfinite()) if not ok]
     if bad:
         raise NotFinite(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; the last good checkpoint in {run.o.out} is kept; '
-                      'start anew in another --out with a lower --lr or --muon_lr')
+                        'start anew in another --out with a lower --lr or --muon_lr')
     return rows[-1]
 
 
