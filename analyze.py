@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import io
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -26,11 +27,43 @@ from model import Transformer, set_precision, task_losses
 
 # ---------------------------------------------------------------------------------------------------- spectra
 
-def fourier(W):
-    """Coefficients of the columns of W (p, D), p odd, in the orthonormal real Fourier basis over the rows: (p, D), the rows
-    const, cos 1, sin 1, cos 2, sin 2, ..."""
+def cos_sin(W):
+    """Coefficients of the columns of W (n, D) in the orthonormal real Fourier basis over the rows, without the constant: (2, n//2, D),
+    cosines and sines of the frequencies 1 .. n//2. The frequency n/2 of an even n has no sine."""
     z = torch.fft.rfft(W, dim=0, norm='ortho')[1:] * 2 ** 0.5
-    return torch.cat([W.mean(0, keepdim=True) * len(W) ** 0.5, torch.stack([z.real, -z.imag], 1).flatten(0, 1)])
+    if len(W) % 2 == 0:
+        z[-1] /= 2 ** 0.5
+    return torch.stack([z.real, -z.imag])
+
+
+def fourier(W):
+    """The same for odd n with the constant, in the order const, cos 1, sin 1, cos 2, sin 2, ...: (n, D)."""
+    return torch.cat([W.mean(0, keepdim=True) * len(W) ** 0.5, cos_sin(W).transpose(0, 1).flatten(0, 1)])
+
+
+def density_and_ratio(W):
+    """FFD and FCR of the columns of W (p, D): Fourier frequency density and Fourier coefficient ratio (Furuta et al. 2024).
+
+    With c_k and s_k the vectors of cosine and sine coefficients, FFD is the share of the c_k longer than half the longest and of the s_k
+    likewise; FCR is the mean over k of the shorter of c_k and s_k by the longer. Where all sines, or all cosines, are below 1e-6 of the
+    longest vector, they are rounding and count as zero.
+    """
+    norms = cos_sin(W).norm(dim=2)                                                   # 2 p//2
+    longest = norms.amax(1, keepdim=True)
+    norms = norms * (longest > 1e-6 * longest.max())
+    dense = norms > 0.5 * longest
+    return dense.float().mean(), (norms.amin(0) / norms.amax(0).clamp(min=1e-30)).mean()
+
+
+def discrete_log(p):
+    """The logarithms of 1 .. p-1 to the smallest generator g of the residues mod p: (p-1,), with g^log = residue. In their order a
+    product of residues is a sum mod p-1. Raises ValueError if p is not a prime."""
+    if p not in data.primes_below(p + 1):
+        raise ValueError(f'a discrete logarithm is defined for a prime p, and {p} is not')
+    for g in range(1, p):
+        powers = [pow(g, i, p) for i in range(p - 1)]
+        if len(set(powers)) == p - 1:
+            return torch.tensor(powers).argsort()
 
 
 def threshold(spectrum):
@@ -56,7 +89,7 @@ def effective(power):
 
 def wave_freqs(classes):
     """The pairs (q, k), (B, 2): every q of `classes` with k = 1 .. q//2. The 29 tasks at p = 113 have B = 726."""
-    return torch.tensor([(q, k) for q in classes for k in range(1, q // 2 + 1)])
+    return torch.tensor([(q, k) for q in dict.fromkeys(classes) for k in range(1, q // 2 + 1)])
 
 
 MAX_MEMORY = 6e9  # bytes: above that no waves are fitted
@@ -64,7 +97,7 @@ MAX_MEMORY = 6e9  # bytes: above that no waves are fitted
 
 def wave_memory(p, classes):
     """Bytes that `waves` and `wave_solver` need, about: three times the waves themselves."""
-    return 48 * sum(q // 2 for q in classes) * p ** 2
+    return 48 * len(wave_freqs(classes)) * p ** 2
 
 
 def waves(p, classes, stride):
@@ -132,8 +165,20 @@ def single_waves(products, p, solver):
 
 def dft2(neurons, p):
     """|2-D DFT| / p^2 of activations (p^2, F) without their means: (p//2+1, p, F), frequencies of x1 and x0. The other half, of
-    negative frequencies of x1, mirrors this one."""
+    negative frequencies of x1, mirrors this one. p may be any number here."""
     return torch.fft.rfft2((neurons - neurons.mean(0)).view(p, p, -1), dim=(1, 0), norm='forward').abs()
+
+
+def best_frequency(dft, variance):
+    """The frequency k that has most of the variance (F,) of each activation, from `dft2` (n//2+1, n, F): the share that it has in the bins
+    (+-k, 0), (0, +-k), (+-k, +-k) together (Nanda et al. 2023), and k. (F,), (F,)."""
+    n = dft.shape[1]
+    k, power = torch.arange(1, n // 2 + 1), dft.square()
+    folded = power[0, k] + power[0, -k] + 2 * (power[k, 0] + power[k, k] + power[k, -k])    # n//2 F
+    if n % 2 == 0:  # n/2 is its own negative
+        folded[-1] = power[0, n // 2] + power[n // 2, 0] + power[n // 2, n // 2]
+    share, best = (folded / variance.clamp(min=1e-30)).max(0)
+    return share, best + 1
 
 
 def active_counts(dft, alive):
@@ -204,9 +249,8 @@ def mlp(neurons, p, freqs, solver):
     alive, total, inter = parts['alive'], parts['variance'], (parts['variance'] - parts['marginals']).clamp(min=1e-30)
     split = torch.stack([parts['marginals'], *parts['waves'].sum(1), inter - parts['waves'].sum((0, 1))])   # 4 F
 
-    k, power = torch.arange(1, p // 2 + 1), dft.square()
-    folded = power[0, k] + power[0, -k] + 2 * (power[k, 0] + power[k, k] + power[k, -k])    # p//2 F
-    k_share, k_best = (folded / total.clamp(min=1e-30) * alive).max(0)
+    k_share, k_best = best_frequency(dft, total)
+    k_share = k_share * alive
     wave_share, wave_best = (single_waves(parts['products'], p, solver) / inter * alive).max(0)
     share = parts['waves'].mean(2) / inter.mean()                                    # 2 B, of the layer's interaction
     has, pure = carried(share[0], p), wave_share > 0.5
@@ -221,7 +265,33 @@ def mlp(neurons, p, freqs, solver):
     return numbers, dict(
         spectrum=dft.mean((1, 2)), neuron_ids=shown, neurons=neurons[:, shown].T.view(-1, p, p).mT, neurons_dft=dft[..., shown].permute(2, 1, 0),
         wave_shares=share, neuron_split=split / total.clamp(min=1e-30) * alive, neuron_wave=freqs[wave_best], neuron_wave_share=wave_share,
-        neuron_k=k_best + 1, neuron_k_share=k_share)
+        neuron_k=k_best, neuron_k_share=k_share)
+
+
+def polynomials(net, neurons, logits, p, n_ops):
+    """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U, in the Fourier basis of the residues and in the
+    multiplicative one: residues 1 .. p-1 in the order of their discrete logarithms, DFT of length p-1 (Furuta et al. 2024).
+
+    neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the operations. A sharp neuron has
+    more than 85 % of its variance at one frequency; in the multiplicative basis both digits are 1 .. p-1.
+    """
+    numbers, arrays, order = {}, {}, discrete_log(p).argsort() + 1
+    for name, W in (('W_E', net.W_E[:p]), ('W_L', (net.W_out @ net.W_U).T)):         # p D, p F
+        null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+        for key, matrix in ((name, W), (f'{name}_null', null)):
+            numbers[f'{key}_FFD'], numbers[f'{key}_FCR'] = density_and_ratio(matrix)
+        for basis, rows in (('add', W), ('mult', W[order])):
+            arrays[f'{name}_{basis}_cos_sin'] = parts = cos_sin(rows).norm(dim=2)    # 2 n//2
+            norms = parts.square().sum(0).sqrt()
+            numbers[f'{name}_{basis}_gini'], numbers[f'{name}_{basis}_effective'] = gini(norms), effective(norms.square())
+            numbers[f'{name}_{basis}_key'] = (norms > threshold(norms[:, None])).nonzero().flatten() + 1
+    units = neurons.view(p, p, -1)[order][:, order].flatten(0, 1)
+    for basis, n, some in (('add', p, neurons), ('mult', p - 1, units)):
+        share = best_frequency(dft2(some, n), some.var(0, correction=0))[0] * varies(some)
+        arrays[f'neuron_{basis}_share'] = share
+        numbers[f'sharp_{basis}'] = (share > 0.85).view(n_ops, -1).sum(1)
+    arrays |= dict(pattern=logits.view(p, p, n_ops, p)[..., 1].permute(2, 1, 0), by_log=order)   # O x0 x1, the logits of class 1
+    return numbers, arrays
 
 
 def mechanism(logits, d, train_rows, key=None):
@@ -269,7 +339,7 @@ def load_records(folder, classes, epoch):
     """metrics.npz of a run, checked and cut to the epochs before the checkpoint; {} if there is none or it is of another run."""
     try:
         r = dict(np.load(io.BytesIO(Path(folder, 'metrics.npz').read_bytes())))
-        Q, B = len(classes), sum(q // 2 for q in classes)
+        Q, B = len(classes), len(wave_freqs(classes))
         widths = dict(train_loss=Q, train_acc=Q, valid_loss=Q, valid_acc=Q, grad_norm=len(r['grad_norm_names']))
         spectra = dict(sum_power=B, variance=2, active=2) if 'spectra_epoch' in r else {}
         for name, width in (widths | spectra).items():
@@ -299,7 +369,8 @@ class Folder:
             self.data = data.make(o['task'], self.p, o['data_seed'])
             self.rows = data.split(self.p ** 2, o['train_frac'], o['data_seed'])
             torch.manual_seed(o['seed'])
-            self.net = Transformer(self.p, o['d_model'], o['n_heads'], sum(self.data.classes)).requires_grad_(False)  # train.py starts there
+            n_ops = self.data.n_ops
+            self.net = Transformer(self.p, o['d_model'], o['n_heads'], sum(self.data.classes) // n_ops, n_ops).requires_grad_(False)  # train.py starts there
         except Exception as e:
             raise Refusal(f'{path}/ckpt.pt is not of this program: {" ".join(repr(e).split())[:150]}')
         self.initial = {n: w.clone() for n, w in self.net.state_dict().items()}
@@ -315,6 +386,9 @@ class Folder:
                     self.snapshots[int(file.stem)] = snap['model']
             except (Refusal, ValueError) as e:
                 self.missing.append(f'{e}; going on without it')
+        self.initial = self.snapshots.get(0, self.initial)
+        if o.get('init_from') and 0 not in self.snapshots:
+            self.missing.append(f'{path} began with copied weights, and they are not there: "at initialisation" is before they were copied')
         self.shipped = {}  # numbers of snapshots that are not here
         if (self.path / 'snapshots.npz').exists():
             try:
@@ -345,11 +419,15 @@ def measure(run, weights, solver, key=None):
     """Everything about the weights of one moment: numbers (floats and lists) and arrays. key: key frequencies, if not its own."""
     run.use(weights, 'weights')
     net, d, acts = run.net, run.data, {}
-    logits = net(d.x, acts=acts)
-    parts = [embedding(net.W_E[:run.p]), positions(net.W_pos), attention(acts['att'], run.p)]
+    p, logits = run.p, net(d.x, acts=acts).view(len(d.y), -1)
+    neurons = acts['neurons'].view(p * p, -1)                                        # p^2 F, of each operation side by side
+    heads = acts['att'].view(p * p, d.n_ops, 3, -1).permute(0, 2, 3, 1).flatten(2)   # p^2 T H, each by operation
+    parts = [embedding(net.W_E[:p]), positions(net.W_pos), attention(heads, p)]
     if solver:
-        parts.append(mlp(acts['neurons'], run.p, wave_freqs(d.classes), solver))
-    if d.classes == [run.p] and d.stride == 1:
+        parts.append(mlp(neurons, p, wave_freqs(d.classes), solver))
+    if set(d.classes) == {p}:
+        parts.append(polynomials(net, neurons, logits, p, d.n_ops))
+    if len(d.classes) == 1 and torch.equal(d.y[:, 0], (d.x[:, 0] + d.x[:, 1]) % p):
         parts.append(mechanism(logits, d, run.rows[0], key))
     for part, rows in zip(('train', 'valid'), run.rows):
         loss, acc, _ = task_losses(logits[rows], d.y[rows], d.classes)
@@ -366,7 +444,7 @@ def over_snapshots(run, solver, key):
     out, began, epochs = {}, time.perf_counter(), sorted(run.snapshots)
     for i, epoch in enumerate(epochs):
         numbers, arrays = measure(run, run.snapshots[epoch], solver, key)
-        numbers.pop('key_frequencies', None)
+        numbers = {k: v for k, v in numbers.items() if 'key' not in k}  # lists of any length
         numbers |= dict(epoch=epoch) | {k: arrays[k] for k in ('W_E_norms', 'spectrum') if k in arrays}
         for name, value in numbers.items():
             out.setdefault(f'snapshot_{name}', []).append(value)
@@ -425,7 +503,7 @@ def analyse(path):
     if solver:
         arrays |= omega(run, snaps)
     numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, grokking=grokking(run, final, snaps))
-    arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes)
+    arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
     np.savez(buffer := io.BytesIO(), **{k: np.asarray(v) for k, v in arrays.items()})
     write(run.path / 'analysis.npz', buffer.getvalue())
     write(run.path / 'analysis.json', json.dumps(numbers, indent=1).encode())
@@ -460,7 +538,29 @@ LABELS = dict(
     cos_fit='logits: share in cos(w_k (x0 + x1 - c)), all k',
     full_loss='loss on all inputs',
     restricted_loss='  restricted to the key frequencies',
-    excluded_loss='  on training inputs, without them')
+    excluded_loss='  on training inputs, without them',
+W_E_FFD='W_E (digits): Fourier frequency density FFD',
+    W_E_null_FFD='    that of a Gaussian matrix',
+    W_E_FCR='  Fourier coefficient ratio FCR',
+    W_E_null_FCR='    that of a Gaussian matrix',
+    W_E_add_gini='  Gini of its norms by frequency',
+    W_E_mult_gini='    in the order of discrete logarithms',
+    W_E_add_effective='  effective number of frequencies',
+    W_E_mult_effective='    in the order of discrete logarithms',
+    W_E_add_key='  frequencies above mean + 2 sd',
+    W_E_mult_key='    in the order of discrete logarithms',
+    W_L_FFD='W_L = W_out W_U: FFD',
+    W_L_null_FFD='    that of a Gaussian matrix',
+    W_L_FCR='  FCR',
+    W_L_null_FCR='    that of a Gaussian matrix',
+    W_L_add_gini='  Gini of its norms by frequency',
+    W_L_mult_gini='    in the order of discrete logarithms',
+    W_L_add_effective='  effective number of frequencies',
+    W_L_mult_effective='    in the order of discrete logarithms',
+    W_L_add_key='  frequencies above mean + 2 sd',
+    W_L_mult_key='    in the order of discrete logarithms',
+    sharp_add='neurons with more than 85 % at one frequency',
+    sharp_mult='    in the order of discrete logarithms')
 
 
 def table(numbers):
@@ -541,10 +641,10 @@ def command(config, note=''):
     """The options, seeds aside, that make a run of this config by train.py, and the note on what else was changed."""
     import train  # which imports this file
     task, preset = config['task'], config['preset']
-    base = dataclasses.asdict(train.Options(**train.PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'], task=task))
+    base = dataclasses.asdict(train.Options(**train.recipe(preset, task), task=task))
     own = {k: v for k, v in config.items() if k in base and k not in train.HOW | {'seed', 'data_seed', 'preset', 'snapshots', 'spectra_every'} and v != base[k]}
     own = {k: f'{v:g}' if isinstance(v, float) and float(f'{v:g}') == v else v for k, v in own.items()}
-    return ' '.join([f'--preset {preset}'] + [f'--task {task}'] * (task != 'miiii') + [f'--{k} {v}' for k, v in own.items()] + [f'({note})'] * bool(note))
+    return ' '.join([f'--preset {preset}'] + [f'--task {shlex.quote(task)}'] * (task != 'miiii') + [f'--{k}' if v is True else f'--{k} {shlex.quote(str(v))}' for k, v in own.items()] + [f'({note})'] * bool(note))
 
 
 def results():

@@ -1,12 +1,14 @@
 """Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment, nothing downloaded or stored.
 
-Row n of every table is the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p).
+Row n of every table is the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p). With O formulas
+in one task the last token names the formula (ids p, p+1, ...), and each pair has O rows of tokens.
 At the end: how the scripts write and load the files of a run, and how they report what the user can mend.
 """
 import contextlib
 import ctypes
 import io
 import os
+import re
 import sys
 import zipfile
 from typing import NamedTuple
@@ -14,16 +16,30 @@ from typing import NamedTuple
 import torch
 
 TASKS = ('miiii', 'nanda', 'basis', 'masked')
+FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means a mixture of all, in a sweep a run of each
+    'elementary': 'a+b,a-b,a*b',
+    'linear': '2*a+b,2*a-b,2*a+3*b,2*a-3*b',
+    'cross': 'a*b+b,a*b-b,a*b+a+b',
+    'squares': 'a^2+b,a^2-b,a^2+b^2,a^2-b^2',
+    'powers': 'a^3+b^3,a^4+b^4,a^5+b^5,a^6+b^6,a^7+b^7',
+    'factored': '(a+b)^2,(a+b)^3,(a-b)^2,(a-b)^3,(a-b)^4,(a+b)^2+a+b',
+    'unfactored': 'a^2+a*b+b^2,a^2+a*b+b^2+a,a^3+a*b,a^3+a*b^2+b',
+}
 
 
 class Data(NamedTuple):
-    """N = p^2 examples, Q tasks, one set of tensors on one device."""
-    x: torch.Tensor        # (N, 3) token ids: x0, x1, operation
+    """N = p^2 pairs of digits, Q tasks, O operations (1, or one per formula), one set of tensors on one device."""
+    x: torch.Tensor        # (N O, 3) token ids: x0, x1, operation; the operations of a pair stand side by side
     y: torch.Tensor        # (N, Q) targets
     names: list            # Q strings
     classes: list          # Q ints: how many classes each task has
     in_loss: torch.Tensor  # (Q,) bool: False where a task is measured but not trained
-    stride: int            # every target is (x0 + stride x1) mod its classes: p for numbers, 1 for nanda
+    stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 for sums and formulas
+    n_ops: int             # O
+
+    def part(self, rows):
+        """Tokens (n O, 3) and targets (n, Q) of n pairs. Logits of these tokens, seen as (n, columns), have a block of columns per task."""
+        return self.x.view(len(self.y), -1)[rows].view(-1, 3), self.y[rows]
 
 
 def primes_below(n):
@@ -38,22 +54,102 @@ def make(task, p, seed=0, device='cpu'):
     nanda   (x0 + x1) mod p                                            (Nanda et al. 2023; eq. 1 of the former)
     basis   miiii with the rows of y shuffled by `seed`: no structure  (section Tasks)
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}              (section Tasks)
+    a formula in a = x0 and b = x1, or several between commas, mod p   (Furuta et al. 2024); a name in FAMILIES stands for its formulas
 
-    Raises ValueError for an unknown task and a p that is not a prime >= 5.
+    Raises ValueError for a task that is none of these and a p that is not a prime >= 5.
     """
-    if task not in TASKS:
-        raise ValueError(f'task must be one of {", ".join(TASKS)}, not {task!r}')
     if p < 5 or p not in primes_below(p + 1):
         raise ValueError(f'p must be a prime >= 5, and {p} is not')
     n = torch.arange(p * p)
-    x = torch.stack([n % p, n // p, torch.full_like(n, p)], 1)
-    classes, stride = ([p], 1) if task == 'nanda' else (primes_below(p), p)
-    names = [f'(x0 + x1) mod {p}'] if task == 'nanda' else [f'n mod {q}' for q in classes]
-    y = (x[:, 0] + stride * x[:, 1])[:, None] % torch.tensor(classes)
+    x0, x1, names, classes, stride = n % p, n // p, [f'(x0 + x1) mod {p}'], [p], 1
+    if task == 'nanda':
+        y = ((x0 + x1) % p)[:, None]
+    elif task in TASKS:
+        classes, stride = primes_below(p), p
+        names, y = [f'n mod {q}' for q in classes], n[:, None] % torch.tensor(classes)
+    else:
+        formulas = FAMILIES.get(task, task).split(',')
+        try:
+            y = torch.stack([evaluate(f, x0, x1, p) for f in formulas], 1)
+        except ValueError as e:
+            raise ValueError(f'no such task; tasks by name: {", ".join((*TASKS, *FAMILIES))}' if task.isalpha() and task.strip("ab") else e)
+        names, classes = [''.join(f.split()) for f in formulas], [p] * len(formulas)
+        if len(set(names)) < len(names):
+            raise ValueError(f'in {task} a formula stands twice')
     if task == 'basis':
         y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 2 ** 32))]  # not the split's own permutation
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
-    return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride)
+    n_ops = 1 if task in TASKS else len(names)
+    x = torch.stack([v.repeat_interleave(n_ops) for v in (x0, x1)] + [p + torch.arange(n_ops).repeat(p * p)], 1)
+    return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride, n_ops)
+
+
+def evaluate(formula, a, b, p):
+    """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (also **) and unary minus, whole numbers,
+    parentheses, spaces; an exponent is a whole number. Python never sees it, and every step is reduced mod p, so nothing overflows.
+
+    Raises ValueError, which shows the place, for anything else and for more than 200 characters.
+    """
+    if len(formula) > 200:
+        raise ValueError(f'a formula has at most 200 characters, not {len(formula)}')
+    tokens = [(m[1], m.start(1)) for m in re.finditer(r'\s*([0-9]+|\*\*|\S)', formula)] + [('the end', len(formula))]
+
+    def comes(*some):
+        return tokens[0][0] in some
+
+    def take():
+        return tokens.pop(0)[0]
+
+    def expected(what):
+        raise ValueError(f'formula {formula!r}, character {tokens[0][1] + 1}: expected {what}, not {tokens[0][0]}')
+
+    def number():
+        return tokens[0][0][0] in '0123456789'
+
+    def sums():
+        value = products()
+        while comes('+', '-'):
+            value = (value + products() if take() == '+' else value - products()) % p
+        return value
+
+    def products():
+        value = signed()
+        while comes('*'):
+            take()
+            value = value * signed() % p
+        return value
+
+    def signed():
+        if comes('-'):
+            take()
+            return -signed() % p
+        value = atom()
+        if comes('^', '**'):
+            take()
+            if not number() or int(tokens[0][0]) > 1000:
+                expected('a whole number up to 1000')
+            n = int(take())
+            value = torch.tensor([pow(r, n, p) for r in range(p)])[value]
+        return value
+
+    def atom():
+        if comes('a', 'b'):
+            return a if take() == 'a' else b
+        if number():
+            return torch.full_like(a, int(take()) % p)
+        if not comes('('):
+            expected('a, b, a number, - or (')
+        take()
+        value = sums()
+        if not comes(')'):
+            expected('an operation or )')
+        take()
+        return value
+
+    value = sums()
+    if len(tokens) > 1:
+        expected('an operation')
+    return value
 
 
 def split(n_rows, train_frac, seed=0, n_valid=1000):

@@ -50,7 +50,8 @@ class Run:
         except Exception as e:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
         self.records = analyze.load_records(self.path, self.classes, self.epoch)
-        self.tasks = [str(q) for q in self.classes]
+        self.tasks = [name.split()[-1] for name in self.arrays['names'].tolist()]
+        self.one = len(set(self.classes)) == 1  # modulus
         self.label = self.task if self.path.name == self.task else f'{self.task} ({self.path.name})'
         self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
 
@@ -152,7 +153,7 @@ def curves(run, kind, label, **colours):
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6))
         for ax, (part, name) in zip(axes[::-1], parts):
             over_time(fig, ax, r['epoch'], r[f'{part}_{kind}'], run.tasks, label, **colours)
-            ax.set(title=name, ylabel='modulus q')
+            ax.set(title=name, ylabel='operation' if run.one else 'modulus q')
     fig.suptitle(f'{run.name}: {label} of each task')
     return fig
 
@@ -197,7 +198,7 @@ def draw_neuron(axes, arrays, column):
 def waves(run):
     """Which (q, k) the MLP layer carries, without leakage."""
     a, n = run.arrays, run.final
-    fig, ax = plt.subplots(figsize=(7.5, 4.2 if len(run.tasks) > 1 else 2.2))
+    fig, ax = plt.subplots(figsize=(7.5, 2.2 if run.one else 4.2))
     draw_waves(ax, run, a['wave_shares'][0], a['wave_shares'][0].max())
     fig.suptitle(f'{run.name}: share of the neurons\' interaction in each sum wave; {n["waves"]} of {len(a["freqs"])} carried')
     return fig
@@ -207,7 +208,7 @@ def draw_waves(ax, run, share, most):
     """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per k."""
     q, k = run.arrays['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
-    if len(run.tasks) == 1:
+    if run.one:
         return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
     ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
                edgecolors='k', linewidths=0.3)
@@ -254,7 +255,7 @@ def omega(run):
 
 def clusters(run):
     """How pure the neurons are, and which modulus (or frequency) they serve."""
-    a, one = run.arrays, len(run.tasks) == 1
+    a, one = run.arrays, run.one
     fig, (ax, bars) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(2, 3))
     ax.plot(np.sort(a['neuron_wave_share'])[::-1], c=BLUE, label='of interaction, at best (q, k)')
     ax.plot(np.sort(a['neuron_k_share'])[::-1], c=ORANGE, ls='--', label='of variance, at best k of the p-DFT')
@@ -285,6 +286,37 @@ def mechanism(run):
                  'training inputs': a['snapshot_train_losses'][:, 0], 'training inputs, without key': a['snapshot_excluded_loss']}
         log_lines(losses, a['snapshot_epoch'], lines, yscale='log', ylabel='loss (nats)')
     fig.suptitle(f'{run.name}: key frequencies {", ".join(map(str, key)) or "none"}')
+    return fig
+
+
+def bases(run):
+    """Formulas: W_E and W_L by frequency, over the residues and over their discrete logarithms."""
+    fig, axes = plt.subplots(2, 2, figsize=(7.5, 3.8), sharey='row')
+    for row, matrix in zip(axes, ('W_E', 'W_L')):
+        for ax, basis, order in zip(row, ('add', 'mult'), ('residues', 'discrete logarithms')):
+            cos, sin = run.arrays[f'{matrix}_{basis}_cos_sin']
+            k, n = np.arange(1, len(cos) + 1), run.final[f'{matrix}_{basis}_effective']
+            ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
+            ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
+            ax.set(xlabel=f'frequency k, rows in the order of {order}', ylabel='norm' if ax is row[0] else '', title=f'{matrix}: {n:.1f} effective frequencies of {len(k)}')
+    axes[0, 0].legend(ncols=2)
+    fig.suptitle(run.name)
+    return fig
+
+
+def pattern(run):
+    """Formulas: the logits of one class over all inputs and their spectrum, by residues and by discrete logarithms."""
+    grids, order = run.arrays['pattern'], run.arrays['by_log']
+    fig, axes = plt.subplots(len(grids), 4, figsize=(7.5, 0.3 + 2.2 * len(grids)), squeeze=False)
+    for row, grid, name in zip(axes, grids, run.tasks):
+        for ax, spectrum, values, what in zip(row[::2], row[1::2], (grid, grid[np.ix_(order, order)]), ('', 'log ')):
+            ax.imshow(values)
+            ax.set(xlabel=f'{what}b', ylabel=f'{what}a', title=f'{name}: logit of class 1')
+            n = len(values)
+            dft = np.fft.fftshift(np.abs(np.fft.rfft2(values - values.mean())), axes=0)  # a -n//2 .., b 0 .. n//2
+            spectrum.imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, n // 2 + 0.5, n - n // 2 - 0.5, -(n // 2) - 0.5))
+            spectrum.set(xlabel=f'frequency of {what}b', ylabel=f'of {what}a', title='|2-D DFT|')
+    fig.suptitle(f'{run.name} (spectra in shades by their square root)')
     return fig
 
 
@@ -355,10 +387,28 @@ def attention(runs):
             ax.axis('off')
         for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'], run.final['attention_score'])):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
-            ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.label}\nx0')
+            head, operation = divmod(h, len(run.tasks) if run.one else 1)
+            name = f'head {head}, {run.tasks[operation]}' if run.one and len(run.tasks) > 1 else f'head {head}'
+            ax.set(title=f'{name}: {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.label}\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
     names = '; '.join(run.name for run in runs)
     fig.suptitle(f'attention of the last token: {names}\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
+    return fig
+
+
+def density(runs):
+    """Formulas: Fourier frequency density and coefficient ratio of W_E and W_L through training, beside the accuracy."""
+    fig, axes = plt.subplots(len(runs), 3, figsize=(7.5, 0.3 + 1.7 * len(runs)), sharex=True, squeeze=False)
+    for (left, *right), run in zip(axes, runs):
+        a, n = run.arrays, run.final
+        epochs, mean = a['snapshot_epoch'], {part: a[f'snapshot_{part}_accuracies'].mean(1) for part in ('train', 'valid')}
+        log_lines(left, epochs, {'validation': mean['valid'], 'training': mean['train']}, ylabel=run.label, title='accuracy', ylim=(-0.05, 1.05))
+        for ax, measure in zip(right, ('FFD', 'FCR')):
+            log_lines(ax, epochs, {m: a[f'snapshot_{m}_{measure}'] for m in ('W_E', 'W_L')}, title=measure, ylim=(-0.05, 1.05))
+            ax.axhline(n[f'W_E_null_{measure}'], c=GREY, ls=':', label='Gaussian matrix')
+            ax.legend()
+    for ax in axes[:-1].flat:
+        ax.set_xlabel('')
     return fig
 
 
@@ -367,12 +417,13 @@ def attention(runs):
 DATA = [polar, inputs, targets]
 SINGLE = {  # with what a run must have for it
     accuracy: 'metrics.npz', loss: 'metrics.npz', gradients: 'metrics.npz', singular_vectors: '', neuron: 'neurons', waves: 'neurons', clusters: 'neurons',
-    variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum'}
-COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: ''}
+    variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum',
+    bases: 'targets mod p', pattern: 'targets mod p'}
+COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: '', density: 'snapshots of targets mod p'}
 KEYS = {  # the array that shows it
     '': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest',
     'spectra or snapshots of neurons': 'omega_epoch', 'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch',
-    'snapshots': 'snapshot_W_E_norms'}
+    'snapshots': 'snapshot_W_E_norms', 'targets mod p': 'pattern', 'snapshots of targets mod p': 'snapshot_W_E_FFD'}
 ANIMATED = dict(waves='recorded spectra', embedding='snapshots')
 
 

@@ -101,6 +101,69 @@ def test_data_refuses(task, p):
         data.make(task, p)
 
 
+def some_formula(rng, depth):
+    """A random formula; read as Python, with ^ for **, it means the same."""
+    def pad(text):
+        return ' ' * rng.integers(2) + text
+    kind = rng.choice(['leaf', 'sum', 'product', 'power', 'minus', 'parentheses']) if depth else 'leaf'
+    if kind == 'leaf':
+        return pad(rng.choice(['a', 'b', str(rng.integers(200))]))
+    parts = [some_formula(rng, depth - 1) for _ in range(2)]
+    if kind in ('sum', 'product'):
+        return parts[0] + pad(rng.choice(['+', '-']) if kind == 'sum' else '*') + parts[1]
+    return {'power': f'({parts[0]}){rng.choice(["^", "**"])}{rng.integers(12)}', 'minus': pad('-') + parts[0], 'parentheses': f'({parts[0]})'}[kind]
+
+
+def test_formulas_by_brute_force():
+    rng, p, seen = np.random.default_rng(0), 13, set()
+    n = torch.arange(p * p)
+    for _ in range(400):
+        formula = some_formula(rng, rng.integers(1, 6))
+        seen.add(formula)
+        plain = eval(f'lambda a, b: {formula.strip().replace("^", "**")}')
+        assert data.evaluate(formula, n % p, n // p, p).tolist() == [plain(a, b) % p for b in range(p) for a in range(p)], formula
+    assert len(seen) > 300 and sum('^' in f for f in seen) > 50
+    x = torch.tensor([996])
+    assert data.evaluate('a^1000*123456789^1000', x, x, 997).item() == pow(996, 1000) * pow(123456789, 1000) % 997  # no overflow
+    assert data.evaluate('-a^2', x, x, 997).item() == -996 ** 2 % 997 and data.evaluate('0^0', x, x, 997).item() == 1
+
+
+@pytest.mark.parametrize('formula, place, what', [
+    ('a+c', 3, 'a, b, a number'), ('2a', 2, 'operation'), ('a b', 3, 'operation'), ('ab', 2, 'operation'), ('1 2', 3, 'operation'), ('a/b', 2, 'operation'), ('a^b', 3, 'whole number'),
+    ('a^-1', 3, 'whole number'), ('a^(2)', 3, 'whole number'), ('a^2^3', 4, 'operation'), ('a^1001', 3, '1000'), ('a^1.5', 4, 'operation'), ('(a+b', 5, ')'), ('a+b)', 4, 'operation'), ('()', 2, 'a, b'),
+    ('a+', 3, 'the end'), ('', 1, 'the end'), ('+a', 1, 'not +'), ('a(b)', 2, 'operation'), ('a.real', 2, 'operation'), ('"a"', 1, 'not "'), ('__import__("os")', 1, 'not _'), ('lambda: a', 1, 'not l'), ('a if b', 3, 'operation'),
+    ('a²', 2, 'operation'), ('٣*a', 1, 'number'), ('0x1f', 2, 'operation'), ('a\n#b', 3, 'operation'), ('a[0]', 2, 'operation'), ('a==b', 2, 'operation'), ('True', 1, 'not T'), ('a%b', 2, 'operation'), ('a***b', 4, 'not *')])
+def test_everything_else_is_no_formula(formula, place, what):
+    with pytest.raises(ValueError, match=f'character {place}: ') as refusal:
+        data.evaluate(formula, torch.arange(3), torch.arange(3), 5)
+    assert what in str(refusal.value)
+    with pytest.raises(ValueError):
+        data.make(formula, 5)
+
+
+def test_formulas_are_bounded():
+    for formula in ('a+' * 200 + 'a', '9' * 10**6):
+        with pytest.raises(ValueError, match='at most 200'):
+            data.make(formula, 5)
+    assert data.make('(' * 99 + 'a' + ')' * 99, 5).y.unique().tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match='twice'):
+        data.make('a+b, a + b', 5)
+
+
+def test_a_mixture_by_brute_force():
+    p, plain = 7, [lambda a, b: a + b, lambda a, b: a * b - 2, lambda a, b: (a - b) ** 3]
+    d, rows = data.make('a + b,a*b-2, (a-b)^3', p), torch.tensor([3, 20, 48])
+    assert d.names == ['a+b', 'a*b-2', '(a-b)^3'] and d.classes == [p] * 3 and d.n_ops == 3 and d.in_loss.all()
+    for n in range(p * p):
+        for o in range(3):
+            assert d.x[3 * n + o].tolist() == [n % p, n // p, p + o]
+            assert d.y[n, o] == plain[o](n % p, n // p) % p
+    x, y = d.part(rows)
+    assert x.tolist() == [d.x[3 * n + o].tolist() for n in rows for o in range(3)] and torch.equal(y, d.y[rows])
+    assert torch.equal(data.make('a+b', p).y, data.make('nanda', p).y) and torch.equal(data.make('a+b', p).x, data.make('nanda', p).x)
+    assert data.make('elementary', p).names == ['a+b', 'a-b', 'a*b'] and all(data.make(f, 11) for f in data.FAMILIES)
+
+
 # ------------------------------------------------------------------------------------------------ model
 
 def plain_forward(W, x, drop):
@@ -506,6 +569,65 @@ def test_fft_against_a_plain_dft():
     F = torch.exp(-2j * torch.pi * n[:, None] * n / p)
     full = torch.einsum('ab,cd,bdf->acf', F, F, (a - a.mean(0)).view(p, p, 3).to(F.dtype)).abs() / p ** 2
     assert torch.allclose(analyze.dft2(a, p), full[:7], atol=1e-5) and torch.allclose(full[7:], full[1:7].flip(0).flip(1).roll(1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize('n', [12, 13])
+def test_cosines_and_sines_of_any_length(n):
+    W, i = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), torch.arange(n)
+    cos, sin = analyze.cos_sin(W)
+    for k in range(1, n // 2 + 1):
+        scale = (1 / n if 2 * k == n else 2 / n) ** 0.5
+        assert torch.allclose(cos[k - 1], scale * torch.cos(2 * torch.pi * k * i / n) @ W, atol=1e-5)
+        assert torch.allclose(sin[k - 1], scale * torch.sin(2 * torch.pi * k * i / n) @ W, atol=1e-5)
+    assert torch.isclose(cos.square().sum() + sin.square().sum(), (W - W.mean(0)).square().sum())  # the whole of it
+    grid = torch.cos(2 * torch.pi * torch.stack([3 * i[:, None] + 0 * i, 5 * (i[:, None] + i), 2 * (i[:, None] - i), 6 * (i[:, None] + i) + 0.1 * n]) / n + 0.4).flatten(1).T
+    share, k = analyze.best_frequency(analyze.dft2(grid, n), grid.var(0, correction=0))
+    assert k.tolist() == [3, 5, 2, 6] and torch.allclose(share, torch.ones(4), atol=1e-4)
+
+
+def test_discrete_logarithms_by_brute_force():
+    for p in data.primes_below(120):
+        log = analyze.discrete_log(p).tolist()
+        g = next(g for g in range(1, p) if len({g ** i % p for i in range(p - 1)}) == p - 1)  # the smallest generator
+        assert sorted(log) == list(range(p - 1)) and all(g ** log[r - 1] % p == r for r in range(1, p))
+    for n in (0, 1, 4, 12, 91):
+        with pytest.raises(ValueError, match='prime'):
+            analyze.discrete_log(n)
+
+
+def characters(p, ks, directions=torch.randn(8, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))):
+    """Rows 0 .. p-1 of multiplicative characters k, each cosine and sine in a direction of its own; 0 has none."""
+    phase = 2 * torch.pi * (torch.tensor(ks) * analyze.discrete_log(p)[:, None] % (p - 1)).double() / (p - 1)
+    W = torch.cat([phase.cos(), phase.sin()], 1) @ directions[:2 * len(ks)]
+    return torch.cat([0 * W[:1], W])
+
+
+def test_density_and_ratio_against_known_values():
+    def of(W):
+        return pytest.approx([v.item() for v in analyze.density_and_ratio(W)], abs=0.02)
+    g = torch.Generator().manual_seed(0)
+    assert of(torch.randn(97, 128, generator=g)) == [1, 0.93]
+    five, n = 0, torch.arange(97)[:, None]                                           # five frequencies, ten random directions
+    for k in (3, 11, 20, 33, 40):
+        phase = 2 * torch.pi * (k * n % 97).double() / 97
+        five = five + phase.cos() * torch.randn(128, generator=g) + phase.sin() * torch.randn(128, generator=g)
+    assert analyze.density_and_ratio(five)[0].item() == pytest.approx(5 / 48)
+    for ks, expected in (((2, 4, 7, 9), (1, 0.93)), ((3, 5, 7, 8), (1, 0.56)), ((2, 4, 6, 8), (0.5, 0)), ((1, 3, 5, 7), (0.5, 0))):
+        assert of(characters(97, ks)) == list(expected), ks
+
+
+def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
+    class net:
+        W_out = torch.eye(2, dtype=torch.float64)
+        W_E, W_U = characters(31, [4], W_out), characters(31, [7], W_out).T
+    turns = characters(31, [4], torch.randn(2, 6, dtype=torch.float64))              # the wave in six phases
+    grid = turns[:, None] * turns                                                    # x1 x0: products of a wave of either
+    neurons = torch.cat([grid.flatten(0, 1), plane_wave(31, 31, 5, 1)[:, None].expand(-1, 2).double()], 1)
+    numbers, arrays = analyze.polynomials(net, neurons, torch.zeros(31 ** 2, 62), 31, 2)
+    assert [int(numbers[k]) for k in ('W_E_mult_key', 'W_L_mult_key')] == [4, 7] and numbers['W_E_mult_effective'].item() == pytest.approx(1) == numbers['W_L_mult_effective'].item()
+    assert numbers['W_E_mult_gini'] > 0.9 and numbers['W_E_add_gini'] < 1e-6 and numbers['W_E_add_effective'].item() == pytest.approx(15)
+    assert torch.allclose(arrays['W_E_add_cos_sin'].square().sum(0), 2 * torch.ones(15, dtype=torch.float64))  # sqrt(p) at every k of the DFT
+    assert numbers['sharp_mult'].tolist() == [4, 2] and numbers['sharp_add'].tolist() == [0, 2]  # columns of two operations
 
 
 def test_statistics_against_known_values():

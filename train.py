@@ -50,7 +50,8 @@ def opt(default, help, **limits):
 @dataclass(frozen=True)
 class Options:
     """The defaults are the paper's run (Syrkis & Sogaard 2024, Table 2); PRESETS below says what else is meant by a name."""
-    task: str = opt('miiii', 'what to learn', choices=data.TASKS)
+    task: str = opt('miiii', f'what to learn: {", ".join(data.TASKS)}, or formulas in a and b between commas, as "a^2+b,a*(b-1)"; '
+                    'a name for several: ' + ', '.join(data.FAMILIES))
     p: int = opt(113, 'prime base; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
     train_frac: float = opt(0.3, 'share of the inputs to train on', lo=0, hi=1)
     seed: int = opt(0, 'seed of initial weights and dropout', lo=0, hi=2**32 - 1)
@@ -67,6 +68,9 @@ class Options:
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
+    init_from: str = opt('', 'run folder of the same p and size to copy weights from')
+    copy: str = opt('all', 'what to copy: embed = W_E, block = attention and MLP', choices=('embed', 'block', 'all'))
+    freeze: bool = opt(False, 'hold what was copied fixed')
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
     precision: str = opt('tf32', 'of matrix products; weights and loss are float32 always, and tf32 is float32 without CUDA',
                          choices=('float32', 'tf32', 'bfloat16'))
@@ -92,14 +96,28 @@ class Options:
                 raise Refusal(f'--{f.name} must lie between {lo} and {hi}, not {v}')
         if self.d_model % self.n_heads:
             raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
+        if not self.init_from and (self.freeze or self.copy != 'all'):
+            raise Refusal('--copy and --freeze go with --init_from')
+        if self.freeze and self.copy == 'all':
+            raise Refusal('--freeze with --copy all leaves nothing to train')
 
 
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
+NANDA = dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
+FAST_NANDA = dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)
 PRESETS = {
-    'paper': {'miiii': {}, 'nanda': dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)},
+    'paper': {'miiii': {}, 'nanda': NANDA, 'formula': dict(NANDA, p=97)},
     'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
-             'nanda': dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)},
-}   # basis and masked take the settings of miiii
+             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97)},
+}
+PARTS = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
+
+
+def recipe(preset, task):
+    """What a preset changes in the options: basis and masked take the settings of miiii, all formulas have one."""
+    return PRESETS[preset]['nanda' if task == 'nanda' else 'miiii' if task in data.TASKS else 'formula']
+
+
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 TORCHRUN = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # where and how a run runs, not what it is: free to differ on resume
@@ -107,7 +125,7 @@ HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  #
 
 def parse(argv):
     """Command line -> the options given there, by name. Raises Refusal."""
-    recipes = '\n'.join(f'  {name:5s} {task:5s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
+    recipes = '\n'.join(f'  {name:5s} {task:7s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
                         for name, tasks in PRESETS.items() for task, o in tasks.items())
     parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -137,11 +155,11 @@ def resolve(given):
         preset = 'paper' if device.startswith('cuda') else 'fast'
     how = dict(device=device, out=given.get('out') or f'out/{task}')
     if not given.get('resume'):
-        recipe = dict(PRESETS[preset]['nanda' if task == 'nanda' else 'miiii'])
-        if device == 'cpu' and recipe.get('precision') == 'bfloat16' and 'precision' not in given:
+        own = dict(recipe(preset, task))
+        if device == 'cpu' and own.get('precision') == 'bfloat16' and 'precision' not in given:
             if matmul_rate(device, 'bfloat16') < 0.7 * matmul_rate(device, 'float32'):
-                recipe['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
-        return Options(**recipe | given | how | dict(preset=preset)), None
+                own['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
+        return Options(**own | given | how | dict(preset=preset)), None
     ckpt = load(Path(how['out']) / 'ckpt.pt')
     try:
         own = Options(**ckpt['config'])
@@ -171,24 +189,26 @@ class Run:
         torch.manual_seed(o.seed)
         try:
             self.data = d = data.make(o.task, o.p, o.data_seed, o.device)
-            self.split = data.split(len(d.x), o.train_frac, o.data_seed)
+            self.split = data.split(len(d.y), o.train_frac, o.data_seed)
         except ValueError as e:
             raise Refusal(e)
         if not d.in_loss.any():
             raise Refusal(f'task {o.task} leaves nothing to train on at p = {o.p}')
-        self.parts = [(d.x[rows], d.y[rows]) for rows in (r.to(self.device) for r in self.split)]  # train, valid, test
+        self.parts = [d.part(rows.to(self.device)) for rows in self.split]  # train, valid, test
         self.ln_q = torch.tensor(d.classes, device=self.device).log()
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
-        self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes)).to(self.device)
+        self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes) // d.n_ops, d.n_ops).to(self.device)
         self.logits, self.losses = self.model, fused_losses(d.classes, self.device) if self.cuda else task_losses
         if self.compiled:
             torch.compiler.reset()  # of the runs before in a sweep: torch compiles few versions of one function, then runs it eagerly
             self.logits = torch.compile(self.model, dynamic=False)
         if self.compiled and self.cuda:
             self.losses = torch.compile(self.losses, dynamic=False)
-        named = dict(self.model.named_parameters())
-        self.names, self.weights = list(named), list(named.values())
+        if o.init_from:
+            self.copy_weights(None if ckpt else o.init_from)
+        named = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
+        self.names, self.weights = list(named), list(named.values())  # what is trained
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
 
         # learning rates live on the device, so that a captured graph can follow a schedule
@@ -206,13 +226,25 @@ class Run:
         self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
         self.spectra, self.solver, self.snapshots = {}, None, {}
         if o.spectra_every:
-            B, n = sum(q // 2 for q in d.classes), -(-o.epochs // o.spectra_every)
+            B, n = len(analyze.wave_freqs(d.classes)), -(-o.epochs // o.spectra_every)
             if analyze.wave_memory(o.p, d.classes) > analyze.MAX_MEMORY:
                 raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
             widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
             self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
         if ckpt:
             self.restore(ckpt)
+
+    def copy_weights(self, path):
+        """The matrices of --copy, from the run folder `path` if given, and frozen by --freeze. Raises Refusal."""
+        own = dict(self.model.named_parameters())
+        for name in PARTS.get(self.o.copy, own):
+            if path:
+                source = load(Path(path, 'ckpt.pt'), ('model', 'config'))
+                theirs, p = source['model'].get(name), source['config'].get('p')
+                if theirs is None or theirs.shape != own[name].shape or p != self.o.p:
+                    raise Refusal(f'--init_from {path}: its {name} is {list(getattr(theirs, "shape", []))} at p = {p}, here {list(own[name].shape)} at p = {self.o.p}')
+                own[name].data.copy_(theirs)
+            own[name].requires_grad_(not self.o.freeze)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision == 'bfloat16')
@@ -221,7 +253,7 @@ class Run:
         """Tokens and targets -> logits (N, C), loss (Q,), accuracy (Q,), and the objective's gradient at the logits (N, C). The logits are
         there for `backward` alone: the gradient may have their memory."""
         with self.autocast():
-            logits = self.logits(x, drop)
+            logits = self.logits(x, drop).view(len(y), -1)
         return logits, *self.losses(logits, y, self.data.classes, self.task_weight, overwrite=True)
 
     def masks(self, n):
@@ -270,7 +302,7 @@ class Run:
         acts = {}
         with self.autocast():
             self.model(self.data.x, acts=acts)
-        rows = analyze.neuron_spectra(acts['neurons'].float(), self.o.p, self.solver)
+        rows = analyze.neuron_spectra(acts['neurons'].float().view(self.o.p ** 2, -1), self.o.p, self.solver)
         for name, record in self.spectra.items():
             record.index_copy_(0, self.t // self.o.spectra_every, rows[name][None])
 
@@ -300,7 +332,7 @@ class Run:
     def evaluate(self):
         """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Not compiled, for one call."""
         with self.autocast():
-            return torch.stack([torch.stack(task_losses(self.model(x), y, self.data.classes)[:2]) for x, y in self.parts]).cpu()
+            return torch.stack([torch.stack(task_losses(self.model(x).view(len(y), -1), y, self.data.classes)[:2]) for x, y in self.parts]).cpu()
 
     # from here on: files
 
@@ -308,7 +340,7 @@ class Run:
         """Copy the weights on the device at log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
         e, s = self.epoch, self.o.snapshots
         if s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s))):
-            self.snapshots[e] = {n: w.detach().clone() for n, w in zip(self.names, self.weights)}
+            self.snapshots[e] = {n: w.detach().clone() for n, w in self.model.named_parameters()}
 
     def records(self):
         """The content of metrics.npz: everything recorded so far, by name."""
@@ -483,10 +515,10 @@ def device_name(device):
     return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 
-def gflop_per_epoch(o, classes):
-    """Counted work of one epoch in training (forward and backward, twice the forward) and in validation (forward): two numbers."""
-    train, valid, _ = data.split(o.p ** 2, o.train_frac)
-    return [flop_per_row(o.d_model, sum(classes)) * rows / 1e9 for rows in (3 * len(train), len(valid))]
+def gflop_per_epoch(o, d):
+    """Counted work of one epoch on data d in training (forward and backward, twice the forward) and in validation (forward): two numbers."""
+    train, valid, _ = data.split(len(d.y), o.train_frac)
+    return [flop_per_row(o.d_model, sum(d.classes) // d.n_ops) * d.n_ops * rows / 1e9 for rows in (3 * len(train), len(valid))]
 
 
 def timed(device, fn, n):
@@ -540,7 +572,7 @@ def bench(run, o):
     run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
     r['general_form_ms'] = ms(run.captured(run.step), min(9, o.bench))
 
-    r['training_gflop'], r['validation_gflop'] = gflop_per_epoch(o, run.data.classes)
+    r['training_gflop'], r['validation_gflop'] = gflop_per_epoch(o, run.data)
     r['product_gflops'] = matmul_rate(device, o.precision)
     r['share'] = r['training_gflop'] / r['training_ms'] * 1e3 / r['product_gflops']
     torch.set_float32_matmul_precision('highest')
@@ -577,7 +609,7 @@ def one_run(given):
         if given.get('preset', 'auto') == 'auto':
             other = 'fast' if o.preset == 'paper' else 'paper'
             o2, _ = resolve(given | dict(preset=other))
-            seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data.classes)) / matmul_rate(o2.device, o2.precision))
+            seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data)) / matmul_rate(o2.device, o2.precision))
             set_precision(o.device, o.precision)
             about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
             why = f'the default {"with" if run.cuda else "without"} CUDA'
@@ -609,6 +641,8 @@ def sweep_settings(given):
         name, _, values = axis.partition('=')
         try:
             values = [types[name](v) for v in values.split(',')]
+            if name == 'task':  # the formulas of a family, each by itself
+                values = [f for v in values for f in data.FAMILIES.get(v, v).split(',')]
         except (KeyError, ValueError):
             raise Refusal(f'--sweep_space takes option=value,value ..., not {axis!r}')
         if name in grid or len(set(values)) < len(values) or name in given and 'sweep_space' in given:
