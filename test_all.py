@@ -391,6 +391,36 @@ def test_first_losses_pinned_by_a_plain_float64_twin():
     assert np.allclose(ours[[0, 1, 10, 39]], [5.118945, 4.211175, 1.398876, 1.031196], rtol=1e-4)
 
 
+def test_a_mixture_is_the_mean_over_its_operations():
+    """Gradient, loss and accuracy of a mixture against plain cross-entropy over its rows, operation by operation."""
+    run = make_run(*'--task a*b,a+b,a-2 --optimizer adamw --lamb 0 --epochs 1 --dropout 0 --spectra_every 1'.split())
+    rows, p = run.split[0], 11
+    pairs = torch.stack([rows % p, rows // p], 1)
+    assert run.model.W_E.shape == (14, 32) and run.model.W_U.shape == (32, 11)
+    W, by_hand = {n: w.detach().clone().requires_grad_() for n, w in run.model.named_parameters()}, []
+    for o, f in enumerate((lambda a, b: a * b, lambda a, b: a + b, lambda a, b: a - 2)):
+        x = torch.cat([pairs, torch.full((len(rows), 1), p + o)], 1)
+        z, target = plain_forward(W, x, torch.ones(2, 1, 32)), f(*pairs.T) % p
+        by_hand.append((torch.nn.functional.cross_entropy(z, target), (z.argmax(1) == target).float().mean()))
+    (sum(loss for loss, _ in by_hand) / 3 / math.log(p)).backward()
+    run.record_spectra()
+    run.step()
+    assert torch.allclose(run.metrics['train_loss'][0], torch.stack([loss for loss, _ in by_hand]), atol=1e-5)
+    assert torch.allclose(run.metrics['train_acc'][0], torch.stack([acc for _, acc in by_hand]))
+    norms = torch.stack([W[n].grad.norm() for n in run.names])
+    assert torch.allclose(run.metrics['grad_norm'][0], norms, rtol=1e-4)
+    neurons = []  # of each operation, over all pairs
+    for o in range(3):
+        acts, x = {}, run.data.x[o::3]
+        assert (x[:, 2] == p + o).all()
+        t = Transformer(p, 32, 2, p, 3)
+        t.load_state_dict({n: w.detach() for n, w in W.items()})
+        t(x, acts=acts)
+        neurons.append(acts['neurons'].detach())
+    expected = analyze.neuron_spectra(torch.cat(neurons, 1), p, run.solver)
+    assert all(torch.allclose(run.spectra[k][0], v, atol=1e-4) for k, v in expected.items())
+
+
 def losses_of(run, fn, epochs):
     for _ in range(epochs):
         fn()
@@ -620,7 +650,7 @@ def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
     class net:
         W_out = torch.eye(2, dtype=torch.float64)
         W_E, W_U = characters(31, [4], W_out), characters(31, [7], W_out).T
-    turns = characters(31, [4], torch.randn(2, 6, dtype=torch.float64))              # the wave in six phases
+    turns = characters(31, [4], torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))  # the wave in six phases
     grid = turns[:, None] * turns                                                    # x1 x0: products of a wave of either
     neurons = torch.cat([grid.flatten(0, 1), plane_wave(31, 31, 5, 1)[:, None].expand(-1, 2).double()], 1)
     numbers, arrays = analyze.polynomials(net, neurons, torch.zeros(31 ** 2, 62), 31, 2)
@@ -730,13 +760,13 @@ def test_a_hand_built_adder_is_taken_apart(tmp_path):
 def folders(tmp_path_factory):
     """Small runs of both kinds, analysed by the command: name -> (folder, what the command printed)."""
     out = {}
-    for task in ('miiii', 'nanda', 'again'):
-        folder = tmp_path_factory.mktemp(task)
-        args = [*TINY, '--task', 'nanda' if task == 'nanda' else 'miiii', '--epochs', 30, '--spectra_every', 10, '--out', folder]
+    for name, task in dict(miiii='miiii', nanda='nanda', again='miiii', formulas='a*b,a+b').items():
+        folder = tmp_path_factory.mktemp(name)
+        args = [*TINY, '--task', task, '--epochs', 30, '--spectra_every', 10, '--out', folder]
         assert cli(*args).returncode == 0
         done = cli(folder, script='analyze.py')
         assert done.returncode == 0 and not done.stderr, done.stderr
-        out[task] = folder, done.stdout
+        out[name] = folder, done.stdout
     return out
 
 
@@ -787,16 +817,17 @@ def test_grokking_epochs_from_records_and_snapshots():
 
 
 def test_every_figure(folders, tmp_path):
-    miiii, nanda = (shutil.copytree(folders[k][0], tmp_path / k) for k in ('miiii', 'nanda'))
-    done = cli(miiii, nanda, '--data', '--animate', 'waves', script='plots.py', cwd=tmp_path)
+    nanda, formulas, miiii = (shutil.copytree(folders[k][0], tmp_path / k) for k in ('nanda', 'formulas', 'miiii'))
+    done = cli(nanda, formulas, miiii, '--data', '--animate', 'waves', script='plots.py', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = {tmp_path / 'out': plots.DATA, miiii: [*plots.SINGLE, *plots.COMPARED], nanda: plots.SINGLE}
+    expected = {tmp_path / 'out': plots.DATA, nanda: [*plots.SINGLE, *plots.COMPARED], formulas: plots.SINGLE, miiii: plots.SINGLE}
+    lacking = {nanda: ['density'], formulas: ['mechanism'], miiii: ['mechanism', 'bases', 'pattern']}  # a comparison is of all
     for folder, figures in expected.items():
         for f in figures:
             for kind in ('png', 'svg'):
                 file = folder / 'figures' / f'{f.__name__}.{kind}'
-                assert (f.__name__ == 'mechanism' and folder == miiii) != file.exists(), file
-    assert f'mechanism not drawn: {miiii} without logits of a single' in done.stdout
+                assert (f.__name__ in lacking.get(folder, ())) != file.exists(), file
+    assert f'mechanism not drawn: {miiii} without logits of a single' in done.stdout and f'density not drawn: {miiii} without' in done.stdout
     assert all((x / 'figures' / 'waves.gif').read_bytes()[:3] == b'GIF' for x in (miiii, nanda))
     done = cli(nanda, '--only', 'omega', '--animate', 'embedding', script='plots.py')
     assert done.stdout.split() == [str(nanda / 'figures' / 'omega.png'), str(nanda / 'figures' / 'embedding.gif')]
@@ -805,7 +836,9 @@ def test_every_figure(folders, tmp_path):
 def test_figures_show_the_numbers(folders):
     """No figure is empty, and in some the drawn values are read back."""
     miiii, nanda = (plots.Run(folders[k][0]) for k in ('miiii', 'nanda'))
-    figures = {f.__name__: f() for f in plots.DATA} | {f.__name__: f(nanda) for f in plots.SINGLE} | {f.__name__: f([miiii, nanda]) for f in plots.COMPARED}
+    figures = {f.__name__: f() for f in plots.DATA} | {f.__name__: f(nanda) for f in plots.SINGLE}
+    formulas = plots.Run(folders['formulas'][0])
+    figures |= {f.__name__: f([nanda, formulas] if f is plots.density else [miiii, nanda]) for f in plots.COMPARED}
     for name, fig in figures.items():
         for ax in fig.axes:
             empty = not (ax.collections or ax.lines or ax.patches or ax.images or ax.artists)
@@ -825,6 +858,23 @@ def test_figures_show_the_numbers(folders):
     assert np.isclose(losses['all inputs'][-1], nanda.final['full_loss']) and np.isclose(losses['training inputs, without key'][-1], nanda.final['excluded_loss'])
     counts = {line.get_label(): line.get_ydata() for line in figures['omega'].axes[1].lines}
     assert np.allclose([y[-1] for y in counts.values()], [nanda.final[n] for n in ('waves', 'active_bins', 'active_averaged')])
+    for row, run in zip(figures['density'].axes[3:6], [formulas] * 3):
+        lines = {line.get_label(): line.get_ydata() for line in row.lines}
+        measure = row.get_title()
+        for label, y in lines.items():
+            number = dict(validation=np.mean(run.final['valid_accuracies']), training=np.mean(run.final['train_accuracies'])).get(label) if measure == 'accuracy' else \
+                run.final[f'{label if label in ("W_E", "W_L") else "W_E_null"}_{measure}']
+            assert np.isclose(y[-1], number), (measure, label)
+    shown = plots.pattern(formulas)
+    folder = analyze.Folder(formulas.path)
+    folder.use(folder.final, '')
+    with torch.no_grad():
+        logits = folder.net(torch.tensor([[3, 7, 11], [3, 7, 12], [8, 4, 11]]))[:, 1]     # of class 1; 2, 4, 8 are powers 1, 2, 3 of the generator 2
+    assert np.allclose([shown.axes[0].images[0].get_array()[3, 7], shown.axes[4].images[0].get_array()[3, 7], shown.axes[2].images[0].get_array()[3, 2]], logits, atol=1e-4)
+    assert 'a*b' in shown.axes[0].get_title() and 'a+b' in shown.axes[4].get_title()
+    bars = np.array([b.get_height() for b in plots.bases(formulas).axes[1].patches])
+    own = analyze.cos_sin(folder.net.W_E[:11].detach()[analyze.discrete_log(11).argsort() + 1]).norm(dim=2)
+    assert np.allclose(bars, own.flatten(), atol=1e-4)
     plots.plt.close('all')
 
 
@@ -845,7 +895,7 @@ def test_a_run_without_snapshots_or_records(folders, tmp_path):
     assert done.returncode == 0 and 'no weight snapshots' in done.stdout and 'no metrics.npz' in done.stdout
     done = cli(folder, script='plots.py')
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if 'not drawn' in line] == ['accuracy', 'loss', 'gradients', 'variance', 'omega']
+    assert [line.split()[1] for line in done.stdout.splitlines() if 'not drawn' in line] == ['accuracy', 'loss', 'gradients', 'variance', 'omega', 'density']
     assert (folder / 'figures' / 'mechanism.png').exists()
 
 
@@ -1125,6 +1175,57 @@ def test_progress_is_one_line_rewritten_on_a_terminal_and_plain_lines_in_a_log(t
     assert '\r' not in log and '100%' in log and 'epochs/s' in log and 'grokked' in log
 
 
+# ------------------------------------------------------------------------------------------------ from another run's weights
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('source')
+    assert not train.main([*TINY, '--task', 'a+b', '--epochs', '20', '--snapshots', '0', '--out', str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize('how', ['embed', 'block', 'embed --freeze', 'block --freeze', 'all'])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw --lamb 0.5'])
+def test_weights_of_another_run(source, tmp_path, how, optimizer):
+    part, frozen = how.split()[0], '--freeze' in how
+    theirs, args = data.load(source / 'ckpt.pt')['model'], [*TINY, *f'--task 2*a+b --copy {how} --optimizer {optimizer} --decay_from 1 --dropout 0'.split(), '--init_from', str(source)]
+    assert not train.main([*args, '--epochs', '20', '--out', str(tmp_path / 'a')])
+    start, ckpt = data.load(tmp_path / 'a' / 'snapshots' / '00000000.pt', ('model',))['model'], data.load(tmp_path / 'a' / 'ckpt.pt')
+    own = make_run('--task', '2*a+b', '--dropout', 0).model.state_dict()  # what the seed alone gives
+    for name, w in start.items():
+        copied = part == 'all' or name in dict(embed='W_E', block='W_Q W_K W_V W_O W_in W_out')[part].split()
+        assert torch.equal(w, theirs[name] if copied else own[name]), name
+        assert torch.equal(w, ckpt['model'][name]) == (copied and frozen), name       # bit for bit
+        assert (name in ckpt['filter']) == ('lamb' in optimizer and not (copied and frozen))
+    trained = [n for n in start if not (frozen and torch.equal(start[n], ckpt['model'][n]))]
+    assert sum(len(x['state']) for x in ckpt['optimizer']) == len(trained)
+    assert np.load(tmp_path / 'a' / 'metrics.npz')['grad_norm_names'].tolist() == trained
+    assert not train.main([*args, '--epochs', '8', '--out', str(tmp_path / 'b')]) and not train.main(['--resume', '--epochs', '20', '--out', str(tmp_path / 'b')])
+    same_run(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_a_copied_start_is_the_null_of_its_analysis(source, tmp_path):
+    assert not train.main([*TINY, *'--task 2*a+b --copy embed --freeze --epochs 5'.split(), '--init_from', str(source), '--out', str(tmp_path / 'a')])
+    numbers, missing = analyze.analyse(tmp_path / 'a')
+    assert not missing and all(numbers['initial'][k] == numbers['final'][k] for k in ('W_E_FFD', 'W_E_mult_gini')) and numbers['initial']['W_L_FCR'] != numbers['final']['W_L_FCR']
+    shutil.rmtree(tmp_path / 'a' / 'snapshots')
+    assert 'began with copied weights' in ' '.join(analyze.analyse(tmp_path / 'a')[1])
+    assert "--task '2*a+b'" in analyze.command(numbers['config']) and analyze.command(numbers['config']).endswith('--freeze --epochs 5')
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--p', 13], 'p = 13'), (['--d_model', 16], '[12, 16]'), (['--n_heads', 4, '--copy', 'block'], '[2, 32, 16]'), (['--task', 'a+b,a-b', '--copy', 'embed'], 'W_E is [12, 32]'),
+    (['--task', 'miiii'], 'W_U is [32, 11]'), (['--freeze'], 'nothing to train'), (['--init_from', 'nowhere', '--copy', 'embed'], 'there is no nowhere'), (['--init_from', '', '--freeze'], '--init_from'),
+    (['--init_from', '', '--copy', 'embed'], '--init_from'), (['--copy', 'W_E'], 'W_E')])
+def test_no_weights_that_do_not_fit(source, tmp_path, args, says):
+    assert says in refused_here(*TINY, '--task', 'a*b', '--init_from', str(source), '--out', str(tmp_path / 'a'), *map(str, args)) and not list(tmp_path.iterdir())
+
+
+def test_damaged_source(source, tmp_path):
+    (tmp_path / 'ckpt.pt').write_bytes((source / 'ckpt.pt').read_bytes()[:-100])
+    assert 'truncated' in refused_here(*TINY, '--task', 'a*b', '--init_from', str(tmp_path), '--out', str(tmp_path / 'a'))
+
+
 # ------------------------------------------------------------------------------------------------ the sweep
 
 def swept(folder):
@@ -1163,6 +1264,8 @@ def test_sweep_draws_from_the_papers_grid():
     assert {k: sorted({s[k] for s in settings}) for k in settings[0]} == dict(
         dropout=[0, .1, .2, .5], lamb=[0, .5, 2], weight_decay=[0, .1, .5, 1], d_model=[128, 256], lr=[1e-4, 3e-4], n_heads=[4, 8])
     assert train.sweep_settings(dict(sweep=5, seed=1)) != settings[:5]
+    formulas = train.sweep_settings(dict(sweep=8, sweep_space='task=elementary,a*b+b train_frac=0.3,0.5'))
+    assert sorted({s['task'] for s in formulas}) == ['a*b', 'a*b+b', 'a+b', 'a-b'] and {s['train_frac'] for s in formulas} == {0.3, 0.5}
     assert len(train.sweep_settings(dict(sweep=192, d_model=128))) == 192 and 'd_model' not in train.sweep_settings(dict(sweep=1, d_model=128))[0]
 
 
@@ -1255,6 +1358,7 @@ def test_torchrun_is_for_sweeps(tmp_path):
 
 @pytest.mark.parametrize('args, says', [
     (['--p', 12], 'prime'), (['--p', 4], 'p must'), (['--task', 'masked', '--p', 7], 'masked'),
+    (['--task', 'a+c'], 'character 3'), (['--task', 'foo'], 'elementary'), (['--task', 'a+b', '--p', 12], 'prime'), (['--freeze'], '--init_from'),
     (['--train_frac', 1], 'empty'), (['--train_frac', 0], 'empty'), (['--train_frac', 'nan'], 'train_frac'),
     (['--d_model', 30, '--n_heads', 4], 'divisible'), (['--lam', 1], '--lamb'), (['--leraning_rate=1'], 'unknown option'),
     (['--dropout', 1], 'dropout'), (['--epochs', 0], 'epochs'), (['--lr', 'fast'], 'lr'), (['--task', 'nands'], 'nanda'),
@@ -1395,8 +1499,10 @@ def test_bench_prints_json(tmp_path):
 
 
 def test_counted_work_at_the_papers_setting():
-    training, validation = train.gflop_per_epoch(train.Options(), data.primes_below(113))
+    training, validation = train.gflop_per_epoch(train.Options(), data.make('miiii', 113))
     assert abs(training - 3 * 7.42) < 0.02 and abs(validation - 1.94) < 0.01  # 7.4 GFLOP forward on 3,831 rows, and 1,000 for validation
+    one, three = (train.gflop_per_epoch(train.Options(), data.make(task, 113)) for task in ('nanda', 'elementary'))
+    assert np.allclose(three, 3 * np.array(one))
 
 
 def test_float32_products_are_float32(monkeypatch):
