@@ -272,14 +272,17 @@ def polynomials(net, neurons, logits, p, n_ops):
     """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U, in the Fourier basis of the residues and in the
     multiplicative one: residues 1 .. p-1 in the order of their discrete logarithms, DFT of length p-1 (Furuta et al. 2024).
 
-    neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the operations. A sharp neuron has
-    more than 85 % of its variance at one frequency; in the multiplicative basis both digits are 1 .. p-1.
+    The centre of a matrix is the z about which it is sparsest: rows z + 1, z + 2, ... in the order of the logarithms of 1, 2, ...; 0 for
+    a product, -1 for (a+1)(b+1). neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the
+    operations. A sharp neuron has more than 85 % of its variance at one frequency; in the multiplicative basis both digits are 1 .. p-1.
     """
     numbers, arrays, order = {}, {}, discrete_log(p).argsort() + 1
     for name, W in (('W_E', net.W_E[:p]), ('W_L', (net.W_out @ net.W_U).T)):         # p D, p F
         null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
         for key, matrix in ((name, W), (f'{name}_null', null)):
             numbers[f'{key}_FFD'], numbers[f'{key}_FCR'] = density_and_ratio(matrix)
+        about = torch.stack([gini(cos_sin(W[(z + order) % p]).norm(dim=(0, 2))) for z in range(p)])
+        numbers[f'{name}_centre'], numbers[f'{name}_centre_gini'] = int(about.argmax()), about.max()
         for basis, rows in (('add', W), ('mult', W[order])):
             arrays[f'{name}_{basis}_cos_sin'] = parts = cos_sin(rows).norm(dim=2)    # 2 n//2
             norms = parts.square().sum(0).sqrt()
@@ -545,6 +548,8 @@ W_E_FFD='W_E (digits): Fourier frequency density FFD',
     W_E_null_FCR='    that of a Gaussian matrix',
     W_E_add_gini='  Gini of its norms by frequency',
     W_E_mult_gini='    in the order of discrete logarithms',
+    W_E_centre_gini='    about the residue where that is highest',
+    W_E_centre='    that residue',
     W_E_add_effective='  effective number of frequencies',
     W_E_mult_effective='    in the order of discrete logarithms',
     W_E_add_key='  frequencies above mean + 2 sd',
@@ -555,6 +560,8 @@ W_E_FFD='W_E (digits): Fourier frequency density FFD',
     W_L_null_FCR='    that of a Gaussian matrix',
     W_L_add_gini='  Gini of its norms by frequency',
     W_L_mult_gini='    in the order of discrete logarithms',
+    W_L_centre_gini='    about the residue where that is highest',
+    W_L_centre='    that residue',
     W_L_add_effective='  effective number of frequencies',
     W_L_mult_effective='    in the order of discrete logarithms',
     W_L_add_key='  frequencies above mean + 2 sd',
@@ -630,11 +637,18 @@ def result(path, numbers, note=''):
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
+    if 'sharp_mult' in final:
+        initial, omega = {}, {}  # of targets mod p nothing is told but the end, beside its null
     return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
 
 RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the README tells of, a line each
+
+
+def flags(options):
+    """Options as words of a command line."""
+    return ' '.join(f'--{k}' if v is True else f'--{k} {shlex.quote(str(v))}' for k, v in options.items())
 
 
 def command(config, note=''):
@@ -644,7 +658,7 @@ def command(config, note=''):
     base = dataclasses.asdict(train.Options(**train.recipe(preset, task), task=task))
     own = {k: v for k, v in config.items() if k in base and k not in train.HOW | {'seed', 'data_seed', 'preset', 'snapshots', 'spectra_every'} and v != base[k]}
     own = {k: f'{v:g}' if isinstance(v, float) and float(f'{v:g}') == v else v for k, v in own.items()}
-    return ' '.join([f'--preset {preset}'] + [f'--task {shlex.quote(task)}'] * (task != 'miiii') + [f'--{k}' if v is True else f'--{k} {shlex.quote(str(v))}' for k, v in own.items()] + [f'({note})'] * bool(note))
+    return ' '.join([flags(dict(preset=preset) | (dict(task=task) if task != 'miiii' else {}) | own)] + [f'({note})'] * bool(note))
 
 
 def results():
@@ -711,6 +725,18 @@ def omega_counts(which):
     return lambda r: '-'.join(f'{row[which]:.3g}' for row in r['omega'].values()) or 'none'
 
 
+def came_or_got(r):
+    """Epochs of 99 % validation accuracy, operation by operation, or in brackets the accuracy at the end of one that never came there."""
+    return '+'.join(f'({acc:.2f})' if e is None else f'{e:,}' for e, acc in zip(r['tasks']['grok_epoch'], r['tasks']['valid_acc']))
+
+
+def both(*names, fmt='.2f'):
+    """Numbers of the analysis, joined by a slash; lists over operations by a plus."""
+    def show(v):
+        return '+'.join(map(show, v)) if isinstance(v, list) else f'{v:{fmt}}'
+    return lambda r: '/'.join(show(r['final'][n]) for n in names)
+
+
 def score(extreme):
     return lambda r: f'{extreme(abs(x) for x in r["final"]["attention_score"]):.2f}'
 
@@ -719,6 +745,26 @@ FAST, FULL, NANDA = '--preset fast', '--preset fast --train_frac 0.8 --epochs 20
 PAPER, SMALL = '--preset paper --precision bfloat16', '--preset paper --task nanda --p 31 --train_frac 0.8{} --epochs 6000'
 MASKED, BASIS, NO_DROPOUT = (f'{FAST} {o} (an earlier version)' for o in ('--task masked', '--task basis', '--dropout 0'))
 EARLIER, EXAMPLE, BATCH = FAST + ' (an earlier version)', FAST + ' --epochs 1500', FAST + ' --dropout_mask batch --epochs 1500'
+
+def formula(task, *options):
+    return ' '.join(['--preset fast --task', shlex.quote(task), *options])
+
+
+HALF, MEASURES = '--train_frac 0.5', (('W_E', both('W_E_FFD', 'W_E_FCR')), ('W_L', both('W_L_FFD', 'W_L_FCR')))
+FORMULAS = ('a+b', 'a-b', '2*a+b', '2*a-b', 'a*b', 'a*b+b', 'a*b-b', 'a*b+a+b', 'a^2+b', 'a^2-b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3', '(a-b)^3',
+            'a^2+a*b+b^2', 'a^3+a*b', 'a^3+a*b^2+b')
+
+
+def measured(*tasks):
+    """Where to look for FFD/FCR of both matrices of some formulas."""
+    return [(formula(task), f'{task} {matrix}:', value) for task in tasks for matrix, value in MEASURES]
+
+
+def borrowed(task, source, part):
+    """Where to look for a run that starts with the frozen weights of another, and for the same run without."""
+    return [(formula(task, '--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze'), f'{task}, .99 from epoch:', came_or_got),
+            (formula(task), 'from scratch:', came_or_got)]
+
 
 CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
     ('(a) all 29 tasks reach 1.0 on validation', '29 of 29', 'qualified: with 80 % of the numbers and the fast recipe; at 30 % not confirmed', [
@@ -754,6 +800,27 @@ CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words 
     ('(k) the gradients of attention settle early', 'yes', 'confirmed', [
         (FULL, 'half of the summed norm by epoch, W_Q/W_K/W_V/W_in/W_U:', half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U')), (PAPER, "30 %, the paper's settings:", half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U'))]),
 ]
+POLYNOMIALS = [  # the same for Furuta et al. 2024
+    ('(l) a+b, a-b: FFD falls, FCR stays', 'falls, stays', '?', measured('a+b', 'a-b')),
+    ('(m) a*b: FFD stays 1, FCR falls', 'stays, falls', '?', measured('a*b')),
+    ('(n) a*b+b: both fall', 'both fall', '?', measured('a*b+b')),
+    ('(o) a^n+b^n like multiplication: FFD stays, FCR falls', 'as a*b', '?', measured('a^2+b^2', 'a^3+b^3')),
+    ('(p) (a+b)^n like addition: FFD falls, FCR stays', 'as a+b', '?', measured('(a+b)^2', '(a+b)^3')),
+    ('(q) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', '?', borrowed('2*a+b', 'a+b', 'embed')),
+    ('(q) a frozen block of a*b makes a*b+b grok at 30 %', 'yes; not without', '?', borrowed('a*b+b', 'a*b', 'block')),
+    ('(q) frozen embeddings between a*b and a+b hurt', 'hurt', '?', borrowed('a*b', 'a+b', 'embed') + borrowed('a+b', 'a*b', 'embed')),
+    ('(r) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', '?', [
+        (formula('elementary'), '30 %, .99 from epoch:', came_or_got), (formula('elementary', HALF), '50 %:', came_or_got)]),
+    ('(r) a+b beside it helps a*b+b', 'groks at 30 %', '?', [(formula('a+b,a*b+b'), 'both, .99 from epoch:', came_or_got), (formula('a*b+b'), 'alone:', came_or_got)]),
+    ('(s) the hardest, above 50 %', 'a^2+ab+b^2 from 80 %, a^3+ab from 90 %, the others never', '?', [
+        (formula(f, f'--train_frac {share}'), f'{f} at {share:.0%}:', came_or_got) for f in data.FAMILIES['unfactored'].split(',') for share in (0.7, 0.9)]),
+    ('(t) by the paper\'s settings a+b and a*b grok at 30 %', 'yes', '?', [
+        (f"--preset paper --task {task} --train_frac {share} --epochs {epochs} --precision bfloat16".replace(' --train_frac 0.3', ''), f'{task}, {share:.0%}:', came_or_got)
+        for share, epochs in ((0.3, 15000), (0.5, 10000)) for task in ('a+b', "'a*b'")]),
+    ('(u) a*b at p = 113: dense over residues, sparse over their logarithms', '-', '?', [
+        (formula('a*b', '--p 113'), 'Gini of W_E:', both('W_E_add_gini', 'W_E_mult_gini')), (formula('a*b', '--p 113'), 'effective frequencies:', both('W_E_add_effective', 'W_E_mult_effective', fmt='.1f')),
+        (formula('a*b', '--p 113'), 'neurons of 512 with 85 % at one:', both('sharp_add', 'sharp_mult', fmt=''))]),
+]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
     ('dropout 0', NO_DROPOUT, 'final'), ('shuffled answers (basis)', BASIS, 'final'), ('random weights', FAST, 'initial'), ('modular addition', NANDA, 'final')]
@@ -776,17 +843,24 @@ def report():
     def table(columns, rows):
         return '\n'.join(f'| {" | ".join(cells)} |' for cells in (columns, ['---'] * len(columns), *rows)) + '\n'
 
-    claims = [(claim, paper, verdict, [(words, there(options), value) for options, words, value in look]) for claim, paper, verdict, look in CLAIMS]
-    print(table(['claim', 'paper', 'here', 'by', 'verdict'], [
-        (claim, paper, '; '.join(f'{words} {each(groups[options], value) if options in groups else "not run"}'.strip() for words, options, value in look),
-         ', '.join(f'`{options}`' for options in dict.fromkeys(options for _, options, _ in look)), verdict) for claim, paper, verdict, look in claims]))
+    for claims in (CLAIMS, POLYNOMIALS):
+        claims = [(claim, paper, verdict, [(words, there(options), value) for options, words, value in look]) for claim, paper, verdict, look in claims]
+        print(table(['claim', 'paper', 'here', 'by', 'verdict'], [
+            (claim, paper, '; '.join(f'{words} {each(groups[options], value) if options in groups else "not run"}'.strip() for words, options, value in look),
+             ', '.join(f'`{options}`' for options in dict.fromkeys(options for _, options, _ in look)), verdict) for claim, paper, verdict, look in claims]))
     print(table(['`python train.py` with', 'seeds', 'epochs', 'validation', 'at 1.0', 'test', 'all at .99 for good, from epoch', 'all at 1.0 for 500 epochs, from', 'device'], [
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
-         each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items()]))
+         each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items() if runs[0]['config']['task'] in data.TASKS]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
         (name, *(each(groups[options], lambda r: r[when][k], fmt) for k, fmt in neurons)) for name, options, when in ((name, there(options), when) for name, options, when in NETWORKS) if options in groups]))
+    columns = [('W_E: FFD/FCR', both('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', both('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', both('W_E_add_effective', 'W_E_mult_effective', fmt='.0f')),
+               ('of W_L', both('W_L_add_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['W_E_centre']),
+               ('neurons of 512 with 85 % at one frequency', both('sharp_add', 'sharp_mult', fmt=''))]
+    print(table(['formula', '.99 from epoch, 30 %', '50 %', *(name + ' (30 %)' for name, _ in columns)], [
+        (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (formula(task), formula(task, HALF))),
+         *(each(groups.get(formula(task), []), value) for _, value in columns)) for task in FORMULAS]))
 
 
 def main(argv):

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -613,8 +612,7 @@ def one_run(given):
             set_precision(o.device, o.precision)
             about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
             why = f'the default {"with" if run.cuda else "without"} CUDA'
-            hint = f'; the other, some {about} here: python train.py ' + ' '.join(
-                [f'--{k} {v}' for k, v in given.items() if k not in ('preset', 'out')] + [f'--preset {other} --out', shlex.quote(f'{o.out}-{other}')])
+            hint = f'; the other, some {about} here: python train.py {analyze.flags(given | dict(preset=other, out=f"{o.out}-{other}"))}'
         print(f'preset {o.preset} ({why}): {recipe}{hint}')
     with torch.no_grad():
         _, loss, _, _ = run.forward(*run.parts[1])
