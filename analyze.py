@@ -272,8 +272,8 @@ def polynomials(net, neurons, logits, p, n_ops):
     """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U, in the Fourier basis of the residues and in the
     multiplicative one: residues 1 .. p-1 in the order of their discrete logarithms, DFT of length p-1 (Furuta et al. 2024).
 
-    The centre of a matrix is the z about which it is sparsest: rows z + 1, z + 2, ... in the order of the logarithms of 1, 2, ...; 0 for
-    a product, -1 for (a+1)(b+1). neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the
+    The centre is the residue z about which W_E is sparsest, its rows z+1, z+2, ... in the order of the logarithms of 1, 2, ...: 0 for a
+    product, -1 for (a+1)(b+1). neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the
     operations. A sharp neuron has more than 85 % of its variance at one frequency; in the multiplicative basis both digits are 1 .. p-1.
     """
     numbers, arrays, order = {}, {}, discrete_log(p).argsort() + 1
@@ -281,13 +281,13 @@ def polynomials(net, neurons, logits, p, n_ops):
         null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
         for key, matrix in ((name, W), (f'{name}_null', null)):
             numbers[f'{key}_FFD'], numbers[f'{key}_FCR'] = density_and_ratio(matrix)
-        about = torch.stack([gini(cos_sin(W[(z + order) % p]).norm(dim=(0, 2))) for z in range(p)])
-        numbers[f'{name}_centre'], numbers[f'{name}_centre_gini'] = int(about.argmax()), about.max()
         for basis, rows in (('add', W), ('mult', W[order])):
             arrays[f'{name}_{basis}_cos_sin'] = parts = cos_sin(rows).norm(dim=2)    # 2 n//2
             norms = parts.square().sum(0).sqrt()
             numbers[f'{name}_{basis}_gini'], numbers[f'{name}_{basis}_effective'] = gini(norms), effective(norms.square())
             numbers[f'{name}_{basis}_key'] = (norms > threshold(norms[:, None])).nonzero().flatten() + 1
+    about = torch.stack([gini(cos_sin(net.W_E[(z + order) % p]).norm(dim=(0, 2))) for z in range(p)])
+    numbers['centre'], numbers['centre_gini'] = about.argmax(), about.max()
     units = neurons.view(p, p, -1)[order][:, order].flatten(0, 1)
     for basis, n, some in (('add', p, neurons), ('mult', p - 1, units)):
         share = best_frequency(dft2(some, n), some.var(0, correction=0))[0] * varies(some)
@@ -548,8 +548,8 @@ W_E_FFD='W_E (digits): Fourier frequency density FFD',
     W_E_null_FCR='    that of a Gaussian matrix',
     W_E_add_gini='  Gini of its norms by frequency',
     W_E_mult_gini='    in the order of discrete logarithms',
-    W_E_centre_gini='    about the residue where that is highest',
-    W_E_centre='    that residue',
+    centre_gini='    about the residue where that is highest',
+    centre='    that residue',
     W_E_add_effective='  effective number of frequencies',
     W_E_mult_effective='    in the order of discrete logarithms',
     W_E_add_key='  frequencies above mean + 2 sd',
@@ -560,8 +560,6 @@ W_E_FFD='W_E (digits): Fourier frequency density FFD',
     W_L_null_FCR='    that of a Gaussian matrix',
     W_L_add_gini='  Gini of its norms by frequency',
     W_L_mult_gini='    in the order of discrete logarithms',
-    W_L_centre_gini='    about the residue where that is highest',
-    W_L_centre='    that residue',
     W_L_add_effective='  effective number of frequencies',
     W_L_mult_effective='    in the order of discrete logarithms',
     W_L_add_key='  frequencies above mean + 2 sd',
@@ -856,7 +854,7 @@ def report():
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
         (name, *(each(groups[options], lambda r: r[when][k], fmt) for k, fmt in neurons)) for name, options, when in ((name, there(options), when) for name, options, when in NETWORKS) if options in groups]))
     columns = [('W_E: FFD/FCR', both('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', both('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', both('W_E_add_effective', 'W_E_mult_effective', fmt='.0f')),
-               ('of W_L', both('W_L_add_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['W_E_centre']),
+               ('of W_L', both('W_L_add_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['centre']),
                ('neurons of 512 with 85 % at one frequency', both('sharp_add', 'sharp_mult', fmt=''))]
     print(table(['formula', '.99 from epoch, 30 %', '50 %', *(name + ' (30 %)' for name, _ in columns)], [
         (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (formula(task), formula(task, HALF))),

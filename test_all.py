@@ -657,6 +657,10 @@ def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
     assert [int(numbers[k]) for k in ('W_E_mult_key', 'W_L_mult_key')] == [4, 7] and numbers['W_E_mult_effective'].item() == pytest.approx(1) == numbers['W_L_mult_effective'].item()
     assert numbers['W_E_mult_gini'] > 0.9 and numbers['W_E_add_gini'] < 1e-6 and numbers['W_E_add_effective'].item() == pytest.approx(15)
     assert torch.allclose(arrays['W_E_add_cos_sin'].square().sum(0), 2 * torch.ones(15, dtype=torch.float64))  # sqrt(p) at every k of the DFT
+    assert numbers['centre'] == 0
+    net.W_E = net.W_E.roll(5, 0)                                                     # now a wave in the logarithm of n - 5
+    shifted, _ = analyze.polynomials(net, neurons, torch.zeros(31 ** 2, 62), 31, 2)
+    assert shifted['centre'] == 5 and shifted['centre_gini'] == pytest.approx(numbers['W_E_mult_gini'].item()) and shifted['W_E_mult_gini'] < 0.2
     assert numbers['sharp_mult'].tolist() == [4, 2] and numbers['sharp_add'].tolist() == [0, 2]  # columns of two operations
 
 

@@ -2,6 +2,7 @@
 
     python train.py                           # 29 tasks at once, p = 113: the paper's run with a GPU, a fast recipe without
     python train.py --task nanda              # modular addition
+    python train.py --task "a^2+b"            # any polynomial in a and b mod p; several, as "a+b,a*b", share one network
     python train.py --resume --out out/miiii  # go on where a run stopped
     python train.py --bench 50                # how fast, and how close to the matrix-product limit
     python train.py --sweep 20                # 20 settings of the paper's grid, ranked; the same command again goes on with it
