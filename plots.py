@@ -299,7 +299,8 @@ def bases(run):
             ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
             ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
             ax.set(xlabel=f'frequency k, rows in the order of {order}', ylabel='norm' if ax is row[0] else '', title=f'{matrix}: {n:.1f} effective frequencies of {len(k)}')
-    axes[0, 0].legend(ncols=2)
+    axes[0, 0].set_ylim(top=1.25 * axes[0, 0].get_ylim()[1])
+    axes[0, 0].legend(ncols=2, loc='upper right')
     fig.suptitle(run.name)
     return fig
 

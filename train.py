@@ -127,7 +127,8 @@ def parse(argv):
     """Command line -> the options given there, by name. Raises Refusal."""
     recipes = '\n'.join(f'  {name:5s} {task:7s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
                         for name, tasks in PRESETS.items() for task, o in tasks.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}',
+    families = '\n'.join(f'  {name:10s} {formulas}' for name, formulas in data.FAMILIES.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}\n\nnames for several formulas:\n{families}',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # instead of usage and two lines
