@@ -6,7 +6,7 @@
     python analyze.py --report                      # the README's tables, printed from there
 
 Prints a table per run and writes analysis.json (single numbers) and analysis.npz (arrays) into its folder. Every number stands
-beside the same number of the same weights at initialisation, its null.
+beside the same number of the same weights at initialisation, its null (copied weights count as they were copied).
 """
 import argparse
 import dataclasses
@@ -55,15 +55,15 @@ def density_and_ratio(W):
     return dense.float().mean(), (norms.amin(0) / norms.amax(0).clamp(min=1e-30)).mean()
 
 
-def discrete_log(p):
-    """The logarithms of 1 .. p-1 to the smallest generator g of the residues mod p: (p-1,), with g^log = residue. In their order a
-    product of residues is a sum mod p-1. Raises ValueError if p is not a prime."""
+def by_discrete_log(p):
+    """1 .. p-1 in the order of their discrete logarithms: the powers g^0, g^1, ... of the smallest generator g of the residues mod p, (p-1,).
+    In that order a product of residues is a sum mod p-1. Raises ValueError if p is not a prime."""
     if p not in data.primes_below(p + 1):
         raise ValueError(f'a discrete logarithm is defined for a prime p, and {p} is not')
     for g in range(1, p):
         powers = [pow(g, i, p) for i in range(p - 1)]
         if len(set(powers)) == p - 1:
-            return torch.tensor(powers).argsort()
+            return torch.tensor(powers)
 
 
 def threshold(spectrum):
@@ -101,7 +101,7 @@ def wave_memory(p, classes):
 
 
 def waves(p, classes, stride):
-    """The waves that the targets are made of: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
+    """The waves that the targets are made of, for numbers and sums: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
 
     -> (4, B, p^2): cos and sin of the sum wave, cos and sin of the difference wave of each of wave_freqs. For q = 2 the sine
     vanishes and the difference wave is the sum wave again; both stand as zeros. At p = 113: 1,451 sum, 1,450 difference waves.
@@ -232,14 +232,14 @@ def positions(W_pos):
 
 
 def attention(att, p):
-    """Attention of the last token, (p^2, 3, H). The score of a head, its mean attention to x0 less that to x1, is +1 if it attends x0
+    """Attention of the last token, (p^2, 3, H O), each head under each of O operations. The score of a head, its mean attention to x0 less that to x1, is +1 if it attends x0
     alone, -1 if x1 alone, 0 if both alike."""
     x0, x1, _ = att.mean(0)
     return dict(attention_score=x0 - x1), dict(attention=att[:, 0].T.view(-1, p, p).mT)       # H, H x0 x1
 
 
 def mlp(neurons, p, freqs, solver):
-    """The MLP layer over all inputs (p^2, F): neuron by neuron, in the p-DFT and in the waves of the targets.
+    """The MLP layer over all inputs (p^2, F), or those of each operation side by side: neuron by neuron, in the p-DFT and in the waves of the targets.
 
     A neuron's DFT share is the part of its variance at its best frequency k of the p-DFT: bins (+-k, 0), (0, +-k), (+-k, +-k)
     (Nanda et al. 2023). Its wave share is the part of its interaction that the sum and the difference wave of its best (q, k)
@@ -268,33 +268,34 @@ def mlp(neurons, p, freqs, solver):
         neuron_k=k_best, neuron_k_share=k_share)
 
 
-def polynomials(net, neurons, logits, p, n_ops):
+def polynomials(net, p):
     """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U, in the Fourier basis of the residues and in the
-    multiplicative one: residues 1 .. p-1 in the order of their discrete logarithms, DFT of length p-1 (Furuta et al. 2024).
+    multiplicative one (mult): residues 1 .. p-1 in the order of their discrete logarithms, DFT of length p-1 (Furuta et al. 2024).
 
     The centre is the residue z about which W_E is sparsest, its rows z+1, z+2, ... in the order of the logarithms of 1, 2, ...: 0 for a
-    product, -1 for (a+1)(b+1). neurons (p^2, O F) and logits (p^2, O p) of O operations; what is said of neurons is a list over the
-    operations. A sharp neuron has more than 85 % of its variance at one frequency; in the multiplicative basis both digits are 1 .. p-1.
+    product, p-1 for (a+1)(b+1), any residue if W_E is sparse about none.
     """
-    numbers, arrays, order = {}, {}, discrete_log(p).argsort() + 1
+    numbers, arrays, by_log = {}, {}, by_discrete_log(p)
     for name, W in (('W_E', net.W_E[:p]), ('W_L', (net.W_out @ net.W_U).T)):         # p D, p F
         null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
         for key, matrix in ((name, W), (f'{name}_null', null)):
             numbers[f'{key}_FFD'], numbers[f'{key}_FCR'] = density_and_ratio(matrix)
-        for basis, rows in (('add', W), ('mult', W[order])):
-            arrays[f'{name}_{basis}_cos_sin'] = parts = cos_sin(rows).norm(dim=2)    # 2 n//2
+        for basis, rows in ((name, W), (f'{name}_mult', W[by_log])):
+            arrays[f'{basis}_cos_sin'] = parts = cos_sin(rows).norm(dim=2)           # 2 n//2
             norms = parts.square().sum(0).sqrt()
-            numbers[f'{name}_{basis}_gini'], numbers[f'{name}_{basis}_effective'] = gini(norms), effective(norms.square())
-            numbers[f'{name}_{basis}_key'] = (norms > threshold(norms[:, None])).nonzero().flatten() + 1
-    about = torch.stack([gini(cos_sin(net.W_E[(z + order) % p]).norm(dim=(0, 2))) for z in range(p)])
-    numbers['centre'], numbers['centre_gini'] = about.argmax(), about.max()
-    units = neurons.view(p, p, -1)[order][:, order].flatten(0, 1)
-    for basis, n, some in (('add', p, neurons), ('mult', p - 1, units)):
-        share = best_frequency(dft2(some, n), some.var(0, correction=0))[0] * varies(some)
-        arrays[f'neuron_{basis}_share'] = share
-        numbers[f'sharp_{basis}'] = (share > 0.85).view(n_ops, -1).sum(1)
-    arrays |= dict(pattern=logits.view(p, p, n_ops, p)[..., 1].permute(2, 1, 0), by_log=order)   # O x0 x1, the logits of class 1
-    return numbers, arrays
+            numbers[f'{basis}_gini'], numbers[f'{basis}_effective'] = gini(norms), effective(norms.square())
+            numbers[f'{basis}_key'] = (norms > threshold(norms[:, None])).nonzero().flatten() + 1
+    about = torch.stack([gini(cos_sin(net.W_E[(z + by_log) % p]).norm(dim=(0, 2))) for z in range(p)])
+    return numbers | dict(centre=about.argmax(), centre_gini=about.max()), arrays | dict(by_log=by_log)
+
+
+def sharp(neurons, k_share, p, n_ops):
+    """How many neurons (p^2, O F) have more than 85 % of their variance at one frequency, operation by operation: over the residues, by
+    the share of `best_frequency` given (O F,), and over the discrete logarithms of both digits, which then are 1 .. p-1."""
+    by_log = by_discrete_log(p)
+    units = neurons.view(p, p, -1)[by_log][:, by_log].flatten(0, 1)
+    mult_share = best_frequency(dft2(units, p - 1), units.var(0, correction=0))[0] * varies(units)
+    return {name: (share > 0.85).view(n_ops, -1).sum(1) for name, share in (('sharp', k_share), ('sharp_mult', mult_share))}, {}
 
 
 def mechanism(logits, d, train_rows, key=None):
@@ -391,7 +392,7 @@ class Folder:
                 self.missing.append(f'{e}; going on without it')
         self.initial = self.snapshots.get(0, self.initial)
         if o.get('init_from') and 0 not in self.snapshots:
-            self.missing.append(f'{path} began with copied weights, and they are not there: "at initialisation" is before they were copied')
+            self.missing.append(f'{path} began with copied weights, and has no snapshot of them: "at initialisation" is before they were copied')
         self.shipped = {}  # numbers of snapshots that are not here
         if (self.path / 'snapshots.npz').exists():
             try:
@@ -427,9 +428,13 @@ def measure(run, weights, solver, key=None):
     heads = acts['att'].view(p * p, d.n_ops, 3, -1).permute(0, 2, 3, 1).flatten(2)   # p^2 T H, each by operation
     parts = [embedding(net.W_E[:p]), positions(net.W_pos), attention(heads, p)]
     if solver:
-        parts.append(mlp(neurons, p, wave_freqs(d.classes), solver))
+        layer = mlp(neurons, p, wave_freqs(d.classes), solver)
+        parts.append(layer)
     if set(d.classes) == {p}:
-        parts.append(polynomials(net, neurons, logits, p, d.n_ops))
+        parts.append(polynomials(net, p))
+        parts.append(({}, dict(pattern=logits.view(p, p, d.n_ops, p)[..., 1].permute(2, 1, 0))))  # O x0 x1, the logits of class 1
+        if solver:
+            parts.append(sharp(neurons, layer[1]['neuron_k_share'], p, d.n_ops))
     if len(d.classes) == 1 and torch.equal(d.y[:, 0], (d.x[:, 0] + d.x[:, 1]) % p):
         parts.append(mechanism(logits, d, run.rows[0], key))
     for part, rows in zip(('train', 'valid'), run.rows):
@@ -542,30 +547,28 @@ LABELS = dict(
     full_loss='loss on all inputs',
     restricted_loss='  restricted to the key frequencies',
     excluded_loss='  on training inputs, without them',
-W_E_FFD='W_E (digits): Fourier frequency density FFD',
+    W_E_FFD='W_E (digits): Fourier frequency density FFD',
     W_E_null_FFD='    that of a Gaussian matrix',
     W_E_FCR='  Fourier coefficient ratio FCR',
     W_E_null_FCR='    that of a Gaussian matrix',
-    W_E_add_gini='  Gini of its norms by frequency',
-    W_E_mult_gini='    in the order of discrete logarithms',
-    centre_gini='    about the residue where that is highest',
-    centre='    that residue',
-    W_E_add_effective='  effective number of frequencies',
-    W_E_mult_effective='    in the order of discrete logarithms',
-    W_E_add_key='  frequencies above mean + 2 sd',
-    W_E_mult_key='    in the order of discrete logarithms',
+    W_E_key='  frequencies above mean + 2 sd',
+    W_E_mult_effective='  by discrete logarithms: effective number',
+    W_E_mult_gini='    Gini of their norms',
+    W_E_mult_key='    above mean + 2 sd',
+    centre='    residue about which that Gini is highest',
+    centre_gini='    that Gini',
     W_L_FFD='W_L = W_out W_U: FFD',
     W_L_null_FFD='    that of a Gaussian matrix',
     W_L_FCR='  FCR',
     W_L_null_FCR='    that of a Gaussian matrix',
-    W_L_add_gini='  Gini of its norms by frequency',
-    W_L_mult_gini='    in the order of discrete logarithms',
-    W_L_add_effective='  effective number of frequencies',
-    W_L_mult_effective='    in the order of discrete logarithms',
-    W_L_add_key='  frequencies above mean + 2 sd',
-    W_L_mult_key='    in the order of discrete logarithms',
-    sharp_add='neurons with more than 85 % at one frequency',
-    sharp_mult='    in the order of discrete logarithms')
+    W_L_effective='  effective number of frequencies',
+    W_L_gini='  Gini of their norms',
+    W_L_key='  frequencies above mean + 2 sd',
+    W_L_mult_effective='  by discrete logarithms: effective number',
+    W_L_mult_gini='    Gini of their norms',
+    W_L_mult_key='    above mean + 2 sd',
+    sharp='neurons with more than 85 % at one frequency',
+    sharp_mult='  by discrete logarithms')
 
 
 def table(numbers):
@@ -576,7 +579,10 @@ def table(numbers):
         return f'{v:,}' if isinstance(v, int) else f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}'
     o = numbers['config']
     lines = [f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}', f'{"":52s} {"now":>24s} {"at initialisation":>24s}']
-    lines += [f'{label:52s} {show(numbers["final"][k]):>24s} {show(numbers["initial"][k]):>24s}' for k, label in LABELS.items() if k in numbers['final']]
+    for k, label in LABELS.items():
+        if k in numbers['final']:
+            now, then = show(numbers['final'][k]), show(numbers['initial'][k])
+            lines += [f'{label:52s} {now:>24s} {then:>24s}'] if max(len(now), len(then)) <= 24 else [f'{label:52s} {now}', f'{"    at initialisation":52s} {then}']
     order = sorted((g for g in numbers['grokking'] if g['first'] is not None), key=lambda g: g['first'])
     if len(order) > 1:
         lines += ['', 'order of 99 % validation accuracy: ' + ', '.join(g['name'] for g in order)]
@@ -635,8 +641,8 @@ def result(path, numbers, note=''):
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
-    if 'sharp_mult' in final:
-        initial, omega = {}, {}  # of targets mod p nothing is told but the end, beside its null
+    if s['config']['task'] not in data.TASKS:
+        initial, omega = {}, {}  # of formulas only the end is told
     return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
@@ -646,7 +652,7 @@ RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the
 
 def flags(options):
     """Options as words of a command line."""
-    return ' '.join(f'--{k}' if v is True else f'--{k} {shlex.quote(str(v))}' for k, v in options.items())
+    return ' '.join(f'--{k}' if v is True else f'--{k}{"=" if str(v)[:1] == "-" else " "}{shlex.quote(str(v))}' for k, v in options.items())
 
 
 def command(config, note=''):
@@ -816,8 +822,8 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
         (f"--preset paper --task {task} --train_frac {share} --epochs {epochs} --precision bfloat16".replace(' --train_frac 0.3', ''), f'{task}, {share:.0%}:', came_or_got)
         for share, epochs in ((0.3, 15000), (0.5, 10000)) for task in ('a+b', "'a*b'")]),
     ('(u) a*b at p = 113: dense over residues, sparse over their logarithms', '-', '?', [
-        (formula('a*b', '--p 113'), 'Gini of W_E:', both('W_E_add_gini', 'W_E_mult_gini')), (formula('a*b', '--p 113'), 'effective frequencies:', both('W_E_add_effective', 'W_E_mult_effective', fmt='.1f')),
-        (formula('a*b', '--p 113'), 'neurons of 512 with 85 % at one:', both('sharp_add', 'sharp_mult', fmt=''))]),
+        (formula('a*b', '--p 113'), 'Gini of W_E:', both('W_E_gini', 'W_E_mult_gini')), (formula('a*b', '--p 113'), 'effective frequencies:', both('W_E_effective', 'W_E_mult_effective', fmt='.1f')),
+        (formula('a*b', '--p 113'), 'neurons of 512 with 85 % at one:', both('sharp', 'sharp_mult', fmt=''))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
@@ -853,9 +859,9 @@ def report():
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
         (name, *(each(groups[options], lambda r: r[when][k], fmt) for k, fmt in neurons)) for name, options, when in ((name, there(options), when) for name, options, when in NETWORKS) if options in groups]))
-    columns = [('W_E: FFD/FCR', both('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', both('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', both('W_E_add_effective', 'W_E_mult_effective', fmt='.0f')),
-               ('of W_L', both('W_L_add_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['centre']),
-               ('neurons of 512 with 85 % at one frequency', both('sharp_add', 'sharp_mult', fmt=''))]
+    columns = [('W_E: FFD/FCR', both('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', both('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', both('W_E_effective', 'W_E_mult_effective', fmt='.0f')),
+               ('of W_L', both('W_L_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['centre']),
+               ('neurons of 512 with 85 % at one frequency', both('sharp', 'sharp_mult', fmt=''))]
     print(table(['formula', '.99 from epoch, 30 %', '50 %', *(name + ' (30 %)' for name, _ in columns)], [
         (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (formula(task), formula(task, HALF))),
          *(each(groups.get(formula(task), []), value) for _, value in columns)) for task in FORMULAS]))

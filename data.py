@@ -1,7 +1,7 @@
 """Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment, nothing downloaded or stored.
 
-Row n of every table is the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p). With O formulas
-in one task the last token names the formula (ids p, p+1, ...), and each pair has O rows of tokens.
+Row n of the targets is of the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at e ("=", id p). With O formulas
+in one task the last token names the formula (ids p, p+1, ...), and each number has O rows of tokens.
 At the end: how the scripts write and load the files of a run, and how they report what the user can mend.
 """
 import contextlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 TASKS = ('miiii', 'nanda', 'basis', 'masked')
-FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means a mixture of all, in a sweep a run of each
+FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means a mixture of all, as a value of task in --sweep_space a run of each
     'elementary': 'a+b,a-b,a*b',
     'linear': '2*a+b,2*a-b,2*a+3*b,2*a-3*b',
     'cross': 'a*b+b,a*b-b,a*b+a+b',
@@ -29,7 +29,7 @@ FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means a mixtu
 
 class Data(NamedTuple):
     """N = p^2 pairs of digits, Q tasks, O operations (1, or one per formula), one set of tensors on one device."""
-    x: torch.Tensor        # (N O, 3) token ids: x0, x1, operation; the operations of a pair stand side by side
+    x: torch.Tensor        # (N O, 3) token ids: x0, x1, operation; the O rows of a pair follow each other
     y: torch.Tensor        # (N, Q) targets
     names: list            # Q strings
     classes: list          # Q ints: how many classes each task has
@@ -56,7 +56,7 @@ def make(task, p, seed=0, device='cpu'):
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}              (section Tasks)
     a formula in a = x0 and b = x1, or several between commas, mod p   (Furuta et al. 2024); a name in FAMILIES stands for its formulas
 
-    Raises ValueError for a task that is none of these and a p that is not a prime >= 5.
+    Raises ValueError for a task that is none of these, a formula that stands twice, and a p that is not a prime >= 5.
     """
     if p < 5 or p not in primes_below(p + 1):
         raise ValueError(f'p must be a prime >= 5, and {p} is not')
@@ -72,10 +72,11 @@ def make(task, p, seed=0, device='cpu'):
         try:
             y = torch.stack([evaluate(f, x0, x1, p) for f in formulas], 1)
         except ValueError as e:
-            raise ValueError(f'no such task; tasks by name: {", ".join((*TASKS, *FAMILIES))}' if task.isalpha() and task.strip("ab") else e)
+            words = [f for f in task.split(',') if f.isalpha() and f.strip('ab')]
+            raise ValueError(f'no task {words[0]!r}: there are {", ".join(TASKS)}, formulas in a and b, and for several, not beside others, {", ".join(FAMILIES)}' if words else e)
         names, classes = [''.join(f.split()) for f in formulas], [p] * len(formulas)
         if len(set(names)) < len(names):
-            raise ValueError(f'in {task} a formula stands twice')
+            raise ValueError(f'in {task!r} a formula stands twice')
     if task == 'basis':
         y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 2 ** 32))]  # not the split's own permutation
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
@@ -88,7 +89,7 @@ def evaluate(formula, a, b, p):
     """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (also **) and unary minus, whole numbers,
     parentheses, spaces; an exponent is a whole number. Python never sees it, and every step is reduced mod p, so nothing overflows.
 
-    Raises ValueError, which shows the place, for anything else and for more than 200 characters.
+    Raises ValueError, which shows the place, for anything else, for more than 200 characters and exponents above 1,000.
     """
     if len(formula) > 200:
         raise ValueError(f'a formula has at most 200 characters, not {len(formula)}')

@@ -115,7 +115,7 @@ def task_losses(logits, y, classes, weight=None, overwrite=False):
 
 def fused_losses(classes, device):
     """-> a function like task_losses, for CUDA, where a loop over 29 tasks is hundreds of small kernels: all tasks at once, padded
-    to the longest. Compiled, the padded tables need not exist outside a kernel. It ignores the arguments classes and overwrite."""
+    to the longest. Compiled, the padded tables need not exist outside a kernel. It ignores the argument overwrite."""
     q = torch.tensor(classes, device=device)                               # Q
     start, task = q.cumsum(0) - q, torch.arange(len(q), device=device).repeat_interleave(q)  # Q, C
 

@@ -47,11 +47,11 @@ class Run:
             self.numbers, self.arrays = json.loads(j.read_text()), dict(np.load(z))
             self.config, self.final, self.epoch = (self.numbers[k] for k in ('config', 'final', 'epoch'))
             self.p, self.task, self.classes = self.config['p'], self.config['task'], self.arrays['classes'].tolist()
+            self.tasks = [name.split()[-1] for name in self.arrays['names'].tolist()]
         except Exception as e:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
         self.records = analyze.load_records(self.path, self.classes, self.epoch)
-        self.tasks = [name.split()[-1] for name in self.arrays['names'].tolist()]
-        self.one = len(set(self.classes)) == 1  # modulus
+        self.one_modulus = len(set(self.classes)) == 1
         self.label = self.task if self.path.name == self.task else f'{self.task} ({self.path.name})'
         self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
 
@@ -153,7 +153,7 @@ def curves(run, kind, label, **colours):
         fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6))
         for ax, (part, name) in zip(axes[::-1], parts):
             over_time(fig, ax, r['epoch'], r[f'{part}_{kind}'], run.tasks, label, **colours)
-            ax.set(title=name, ylabel='operation' if run.one else 'modulus q')
+            ax.set(title=name, ylabel='operation' if run.one_modulus else 'modulus q')
     fig.suptitle(f'{run.name}: {label} of each task')
     return fig
 
@@ -198,7 +198,7 @@ def draw_neuron(axes, arrays, column):
 def waves(run):
     """Which (q, k) the MLP layer carries, without leakage."""
     a, n = run.arrays, run.final
-    fig, ax = plt.subplots(figsize=(7.5, 2.2 if run.one else 4.2))
+    fig, ax = plt.subplots(figsize=(7.5, 2.2 if run.one_modulus else 4.2))
     draw_waves(ax, run, a['wave_shares'][0], a['wave_shares'][0].max())
     fig.suptitle(f'{run.name}: share of the neurons\' interaction in each sum wave; {n["waves"]} of {len(a["freqs"])} carried')
     return fig
@@ -208,7 +208,7 @@ def draw_waves(ax, run, share, most):
     """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per k."""
     q, k = run.arrays['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
-    if run.one:
+    if run.one_modulus:
         return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
     ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
                edgecolors='k', linewidths=0.3)
@@ -255,7 +255,7 @@ def omega(run):
 
 def clusters(run):
     """How pure the neurons are, and which modulus (or frequency) they serve."""
-    a, one = run.arrays, run.one
+    a, one = run.arrays, run.one_modulus
     fig, (ax, bars) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(2, 3))
     ax.plot(np.sort(a['neuron_wave_share'])[::-1], c=BLUE, label='of interaction, at best (q, k)')
     ax.plot(np.sort(a['neuron_k_share'])[::-1], c=ORANGE, ls='--', label='of variance, at best k of the p-DFT')
@@ -293,9 +293,9 @@ def bases(run):
     """Formulas: W_E and W_L by frequency, over the residues and over their discrete logarithms."""
     fig, axes = plt.subplots(2, 2, figsize=(7.5, 3.8), sharey='row')
     for row, matrix in zip(axes, ('W_E', 'W_L')):
-        for ax, basis, order in zip(row, ('add', 'mult'), ('residues', 'discrete logarithms')):
-            cos, sin = run.arrays[f'{matrix}_{basis}_cos_sin']
-            k, n = np.arange(1, len(cos) + 1), run.final[f'{matrix}_{basis}_effective']
+        for ax, basis, order in zip(row, (matrix, f'{matrix}_mult'), ('residues', 'discrete logarithms')):
+            cos, sin = run.arrays[f'{basis}_cos_sin']
+            k, n = np.arange(1, len(cos) + 1), run.final[f'{basis}_effective']
             ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
             ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
             ax.set(xlabel=f'frequency k, rows in the order of {order}', ylabel='norm' if ax is row[0] else '', title=f'{matrix}: {n:.1f} effective frequencies of {len(k)}')
@@ -314,7 +314,7 @@ def pattern(run):
             ax.imshow(values)
             ax.set(xlabel=f'{what}b', ylabel=f'{what}a', title=f'{name}: logit of class 1')
             n = len(values)
-            dft = np.fft.fftshift(np.abs(np.fft.rfft2(values - values.mean())), axes=0)  # a -n//2 .., b 0 .. n//2
+            dft = np.fft.fftshift(np.abs(np.fft.rfft2(values - values.mean())), axes=0)  # a -(n//2) .., b 0 .. n//2
             spectrum.imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, n // 2 + 0.5, n - n // 2 - 0.5, -(n // 2) - 0.5))
             spectrum.set(xlabel=f'frequency of {what}b', ylabel=f'of {what}a', title='|2-D DFT|')
     fig.suptitle(f'{run.name} (spectra in shades by their square root)')
@@ -381,16 +381,16 @@ def neurons(runs):
 
 def attention(runs):
     """Attention from the last token to x0, head by head, over the inputs."""
-    heads = min(8, max(len(run.arrays['attention']) for run in runs))  # more would be too small to see
-    fig, axes = plt.subplots(len(runs), heads, figsize=(7.5, 0.5 + 7 / heads * len(runs)), squeeze=False)
-    for row, run in zip(axes, runs):
-        for ax in row[len(run.arrays['attention']):]:
+    heads = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
+    rows = [(run, o) for run in runs for o in range(len(run.arrays['attention']) // run.config['n_heads'])]
+    fig, axes = plt.subplots(len(rows), heads, figsize=(7.5, 0.5 + 7 / heads * len(rows)), squeeze=False)
+    for row, (run, o) in zip(axes, rows):
+        n_ops = len(run.arrays['attention']) // run.config['n_heads']
+        for ax in row[run.config['n_heads']:]:
             ax.axis('off')
-        for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'], run.final['attention_score'])):
+        for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'][o::n_ops], run.final['attention_score'][o::n_ops])):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
-            head, operation = divmod(h, len(run.tasks) if run.one else 1)
-            name = f'head {head}, {run.tasks[operation]}' if run.one and len(run.tasks) > 1 else f'head {head}'
-            ax.set(title=f'{name}: {score:+.2f}', xlabel='x1', ylabel='' if h else f'{run.label}\nx0')
+            ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else (f'{run.tasks[o]}' if n_ops > 1 else run.label) + '\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
     names = '; '.join(run.name for run in runs)
     fig.suptitle(f'attention of the last token: {names}\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
@@ -406,7 +406,8 @@ def density(runs):
         log_lines(left, epochs, {'validation': mean['valid'], 'training': mean['train']}, ylabel=run.label, title='accuracy', ylim=(-0.05, 1.05))
         for ax, measure in zip(right, ('FFD', 'FCR')):
             log_lines(ax, epochs, {m: a[f'snapshot_{m}_{measure}'] for m in ('W_E', 'W_L')}, title=measure, ylim=(-0.05, 1.05))
-            ax.axhline(n[f'W_E_null_{measure}'], c=GREY, ls=':', label='Gaussian matrix')
+            for m, colour in (('W_E', BLUE), ('W_L', ORANGE)):
+                ax.axhline(n[f'{m}_null_{measure}'], c=colour, ls=':', lw=0.8, label=f'Gaussian, shape of {m}')
             ax.legend()
     for ax in axes[:-1].flat:
         ax.set_xlabel('')

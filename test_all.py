@@ -618,17 +618,18 @@ def test_cosines_and_sines_of_any_length(n):
 
 def test_discrete_logarithms_by_brute_force():
     for p in data.primes_below(120):
-        log = analyze.discrete_log(p).tolist()
+        powers = analyze.by_discrete_log(p).tolist()
         g = next(g for g in range(1, p) if len({g ** i % p for i in range(p - 1)}) == p - 1)  # the smallest generator
-        assert sorted(log) == list(range(p - 1)) and all(g ** log[r - 1] % p == r for r in range(1, p))
+        assert all(next(i for i in range(p) if g ** i % p == r) == powers.index(r) for r in range(1, p)) and len(powers) == p - 1
     for n in (0, 1, 4, 12, 91):
         with pytest.raises(ValueError, match='prime'):
-            analyze.discrete_log(n)
+            analyze.by_discrete_log(n)
 
 
 def characters(p, ks, directions=torch.randn(8, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))):
     """Rows 0 .. p-1 of multiplicative characters k, each cosine and sine in a direction of its own; 0 has none."""
-    phase = 2 * torch.pi * (torch.tensor(ks) * analyze.discrete_log(p)[:, None] % (p - 1)).double() / (p - 1)
+    log = analyze.by_discrete_log(p).argsort()                                       # of 1 .. p-1
+    phase = 2 * torch.pi * (torch.tensor(ks) * log[:, None] % (p - 1)).double() / (p - 1)
     W = torch.cat([phase.cos(), phase.sin()], 1) @ directions[:2 * len(ks)]
     return torch.cat([0 * W[:1], W])
 
@@ -654,15 +655,17 @@ def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
     turns = characters(31, [4], torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))  # the wave in six phases
     grid = turns[:, None] * turns                                                    # x1 x0: products of a wave of either
     neurons = torch.cat([grid.flatten(0, 1), plane_wave(31, 31, 5, 1)[:, None].expand(-1, 2).double()], 1)
-    numbers, arrays = analyze.polynomials(net, neurons, torch.zeros(31 ** 2, 62), 31, 2)
+    numbers, arrays = analyze.polynomials(net, 31)
     assert [int(numbers[k]) for k in ('W_E_mult_key', 'W_L_mult_key')] == [4, 7] and numbers['W_E_mult_effective'].item() == pytest.approx(1) == numbers['W_L_mult_effective'].item()
-    assert numbers['W_E_mult_gini'] > 0.9 and numbers['W_E_add_gini'] < 1e-6 and numbers['W_E_add_effective'].item() == pytest.approx(15)
-    assert torch.allclose(arrays['W_E_add_cos_sin'].square().sum(0), 2 * torch.ones(15, dtype=torch.float64))  # sqrt(p) at every k of the DFT
+    assert numbers['W_E_mult_gini'] > 0.9 and numbers['W_L_gini'] < 1e-6 and numbers['W_E_effective'].item() == pytest.approx(15) == numbers['W_L_effective'].item()
+    assert torch.allclose(arrays['W_E_cos_sin'].square().sum(0), 2 * torch.ones(15, dtype=torch.float64))  # sqrt(p) at every k of the DFT
     assert numbers['centre'] == 0
     net.W_E = net.W_E.roll(5, 0)                                                     # now a wave in the logarithm of n - 5
-    shifted, _ = analyze.polynomials(net, neurons, torch.zeros(31 ** 2, 62), 31, 2)
+    shifted, _ = analyze.polynomials(net, 31)
     assert shifted['centre'] == 5 and shifted['centre_gini'] == pytest.approx(numbers['W_E_mult_gini'].item()) and shifted['W_E_mult_gini'] < 0.2
-    assert numbers['sharp_mult'].tolist() == [4, 2] and numbers['sharp_add'].tolist() == [0, 2]  # columns of two operations
+    k_share, _ = analyze.best_frequency(analyze.dft2(neurons, 31), neurons.var(0, correction=0))
+    numbers, _ = analyze.sharp(neurons, k_share, 31, 2)
+    assert numbers['sharp_mult'].tolist() == [4, 2] and numbers['sharp'].tolist() == [0, 2]  # columns of two operations
 
 
 def test_statistics_against_known_values():
@@ -869,9 +872,9 @@ def test_figures_show_the_numbers(folders):
         lines = {line.get_label(): line.get_ydata() for line in row.lines}
         measure = row.get_title()
         for label, y in lines.items():
-            number = dict(validation=np.mean(run.final['valid_accuracies']), training=np.mean(run.final['train_accuracies'])).get(label) if measure == 'accuracy' else \
-                run.final[f'{label if label in ("W_E", "W_L") else "W_E_null"}_{measure}']
-            assert np.isclose(y[-1], number), (measure, label)
+            means = dict(validation=np.mean(run.final['valid_accuracies']), training=np.mean(run.final['train_accuracies']))
+            name = label if label in ('W_E', 'W_L') else f'{label[-3:]}_null'
+            assert np.isclose(y[-1], means[label] if measure == 'accuracy' else run.final[f'{name}_{measure}']), (measure, label)
     shown = plots.pattern(formulas)
     folder = analyze.Folder(formulas.path)
     folder.use(folder.final, '')
@@ -880,7 +883,7 @@ def test_figures_show_the_numbers(folders):
     assert np.allclose([shown.axes[0].images[0].get_array()[3, 7], shown.axes[4].images[0].get_array()[3, 7], shown.axes[2].images[0].get_array()[3, 2]], logits, atol=1e-4)
     assert 'a*b' in shown.axes[0].get_title() and 'a+b' in shown.axes[4].get_title()
     bars = np.array([b.get_height() for b in plots.bases(formulas).axes[1].patches])
-    own = analyze.cos_sin(folder.net.W_E[:11].detach()[analyze.discrete_log(11).argsort() + 1]).norm(dim=2)
+    own = analyze.cos_sin(folder.net.W_E[:11].detach()[analyze.by_discrete_log(11)]).norm(dim=2)
     assert np.allclose(bars, own.flatten(), atol=1e-4)
     plots.plt.close('all')
 
@@ -944,9 +947,9 @@ def test_order_and_span_of_a_result():
 def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, 'RESULTS', tmp_path / 'results.json')
     for _ in range(2):  # the second takes the place of the first
-        analyze.main([str(folders['nanda'][0]), str(folders['miiii'][0]), '--collect'])
+        analyze.main([str(folders['nanda'][0]), str(folders['miiii'][0]), str(folders['formulas'][0]), '--collect'])
     runs = {r['config']['task']: r for r in analyze.results()}
-    assert len(analyze.results()) == 2
+    assert len(analyze.results()) == 3 and runs['nanda']['initial']['W_E_n50'] and not runs['a*b,a+b']['initial']
     r, m = runs['miiii'], np.load(folders['miiii'][0] / 'metrics.npz')
     s = json.loads((folders['miiii'][0] / 'summary.json').read_text())
     assert r['tasks']['valid_acc'] == pytest.approx([t['valid_acc'] for t in s['tasks']], rel=1e-3) and r['config'] == s['config'] | dict(out='')
@@ -1228,8 +1231,16 @@ def test_no_weights_that_do_not_fit(source, tmp_path, args, says):
 
 
 def test_damaged_source(source, tmp_path):
+    def says():
+        return refused_here(*TINY, '--task', 'a*b', '--init_from', str(tmp_path), '--out', str(tmp_path / 'a'))
     (tmp_path / 'ckpt.pt').write_bytes((source / 'ckpt.pt').read_bytes()[:-100])
-    assert 'truncated' in refused_here(*TINY, '--task', 'a*b', '--init_from', str(tmp_path), '--out', str(tmp_path / 'a'))
+    assert 'truncated' in says()
+    good = torch.load(source / 'ckpt.pt')
+    for bad, expected in (([], 'not of this program'), ({}, 'not of this program'), (dict(W_E=3), 'not of this program'), (good['model'] | dict(W_E=good['model']['W_E'] / 0), 'not finite')):
+        torch.save(good | dict(model=bad), tmp_path / 'ckpt.pt')
+        assert expected in says()
+    torch.save(good | dict(config=[]), tmp_path / 'ckpt.pt')
+    assert 'not of this program' in says()
 
 
 # ------------------------------------------------------------------------------------------------ the sweep
@@ -1277,12 +1288,14 @@ def test_sweep_draws_from_the_papers_grid():
 
 @pytest.mark.parametrize('args, says', [
     ([97], '96 settings'), ([2, '--sweep_space', 'lr=1e-3,fast'], 'lr=1e-3,fast'), ([2, '--sweep_space', 'leraning_rate=1,2'], 'leraning_rate'),
+    ([2, '--sweep_space', 'freeze=True,False'], 'freeze'), ([2, '--sweep_space', 'init_from=a,b'], 'init_from'), ([2, '--init_from', 'nowhere', '--sweep_space', 'lr=1,2'], 'there is no nowhere'),
     ([2, '--sweep_space', 'lr'], "'lr'"), ([2, '--sweep_space', 'lr=1,2', '--lr', 1], 'given twice'), ([2, '--sweep_space', 'lr=1,1.0'], 'given twice'),
     ([2, '--sweep_space', 'lr=1 lr=2'], 'given twice'), ([2, '--sweep_space', 'lr=1e-3,-1'], 'must lie'), ([2, '--sweep_space', 'seed=1,2', '--n_heads', 3], 'divisible'),
-    ([-1], '-1 of a grid'), ([0, '--sweep_space', 'lr=1,2'], 'for --sweep N'),
+    ([-1], '-1 of a grid'), ([3, '--sweep_space', 'task=a+b,a+c,a-b'], 'character 3'), ([0, '--sweep_space', 'lr=1,2'], 'for --sweep N'),
     ([2, '--resume'], '--resume'), ([2, '--bench', 3], '--bench'), (['x'], 'sweep')])
 def test_bad_sweeps(tmp_path, args, says):
-    assert says in refused_here(*TINY, '--epochs', '3', '--out', str(tmp_path), '--sweep', *map(str, args)) and not list(tmp_path.rglob('*.pt'))
+    tiny = TINY[2:] if 'task=' in str(args) else TINY
+    assert says in refused_here(*tiny, '--epochs', '3', '--out', str(tmp_path), '--sweep', *map(str, args)) and not list(tmp_path.rglob('*.pt'))
 
 
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
@@ -1364,7 +1377,7 @@ def test_torchrun_is_for_sweeps(tmp_path):
 
 @pytest.mark.parametrize('args, says', [
     (['--p', 12], 'prime'), (['--p', 4], 'p must'), (['--task', 'masked', '--p', 7], 'masked'),
-    (['--task', 'a+c'], 'character 3'), (['--task', 'foo'], 'elementary'), (['--task', 'a+b', '--p', 12], 'prime'), (['--freeze'], '--init_from'),
+    (['--task', 'a+c'], 'character 3'), (['--task', 'foo,a'], "no task 'foo'"), (['--task=-a+c'], 'character 4'), (['--task', 'a+b', '--p', 12], 'prime'), (['--freeze'], '--init_from'),
     (['--train_frac', 1], 'empty'), (['--train_frac', 0], 'empty'), (['--train_frac', 'nan'], 'train_frac'),
     (['--d_model', 30, '--n_heads', 4], 'divisible'), (['--lam', 1], '--lamb'), (['--leraning_rate=1'], 'unknown option'),
     (['--dropout', 1], 'dropout'), (['--epochs', 0], 'epochs'), (['--lr', 'fast'], 'lr'), (['--task', 'nands'], 'nanda'),
@@ -1501,6 +1514,7 @@ def test_bench_prints_json(tmp_path):
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 17)  # W_O, W_in, W_out, W_U
     assert math.isclose(r['training_gflop'], per_row * 3 * 60 / 1e9) and math.isclose(r['validation_gflop'], per_row * 30 / 1e9)
     assert math.isclose(r['share'] * r['product_gflops'] * r['training_ms'], per_row * 3 * 60 / 1e6, rel_tol=1e-6)
+    assert not train.main([*TINY, '--task', 'a*b,a+b', '--bench', '5', '--out', str(tmp_path / 'none')])  # a mixture, by the general form too
     assert r['config']['epochs'] == 3 and min(r[k] for k in ('epoch_ms', 'validation_ms', 'general_form_ms', 'spectra_ms', 'ready_s', 'default_float32_gflops')) > 0
 
 

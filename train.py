@@ -50,7 +50,7 @@ def opt(default, help, **limits):
 @dataclass(frozen=True)
 class Options:
     """The defaults are the paper's run (Syrkis & Sogaard 2024, Table 2); PRESETS below says what else is meant by a name."""
-    task: str = opt('miiii', f'what to learn: {", ".join(data.TASKS)}, or formulas in a and b between commas, as "a^2+b,a*(b-1)"; '
+    task: str = opt('miiii', f'what to learn: {", ".join(data.TASKS)}, or formulas in a and b between commas, as "a^2+b,a*(b-1)" (--task=-a+b if it begins with a minus); '
                     'a name for several: ' + ', '.join(data.FAMILIES))
     p: int = opt(113, 'prime base; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
     train_frac: float = opt(0.3, 'share of the inputs to train on', lo=0, hi=1)
@@ -110,7 +110,7 @@ PRESETS = {
     'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
              'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97)},
 }
-PARTS = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
+COPIED = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
 
 
 def recipe(preset, task):
@@ -174,6 +174,27 @@ def resolve(given):
     return dataclasses.replace(own, **{k: v for k, v in given.items() if k != 'preset'} | how), ckpt
 
 
+def network(o, d):
+    """A new model for data d."""
+    return Transformer(o.p, o.d_model, o.n_heads, sum(d.classes) // d.n_ops, d.n_ops)
+
+
+def weights_to_copy(o, model):
+    """The matrices that --init_from and --copy ask for, by name. Raises Refusal if the run there has none that fit the model."""
+    source, out = load(Path(o.init_from, 'ckpt.pt'), ('model', 'config')), {}
+    for name in COPIED.get(o.copy, dict(model.named_parameters())):
+        try:
+            p, w, shape = source['config']['p'], source['model'][name], model.get_parameter(name).shape
+            if p != o.p or w.shape != shape:
+                raise Refusal(f'--init_from {o.init_from}: its {name} is {list(w.shape)} at p = {p}, here {list(shape)} at p = {o.p}')
+            if not w.isfinite().all():
+                raise Refusal(f'--init_from {o.init_from}: its {name} is not finite')
+        except (TypeError, KeyError, AttributeError, IndexError):
+            raise Refusal(f'--init_from {o.init_from}: its ckpt.pt is not of this program')
+        out[name] = w
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------- one run
 
 class Run:
@@ -199,15 +220,20 @@ class Run:
         self.ln_q = torch.tensor(d.classes, device=self.device).log()
         self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
 
-        self.model = Transformer(o.p, o.d_model, o.n_heads, sum(d.classes) // d.n_ops, d.n_ops).to(self.device)
+        self.model = network(o, d).to(self.device)
         self.logits, self.losses = self.model, fused_losses(d.classes, self.device) if self.cuda else task_losses
         if self.compiled:
             torch.compiler.reset()  # of the runs before in a sweep: torch compiles few versions of one function, then runs it eagerly
             self.logits = torch.compile(self.model, dynamic=False)
         if self.compiled and self.cuda:
             self.losses = torch.compile(self.losses, dynamic=False)
-        if o.init_from:
-            self.copy_weights(None if ckpt else o.init_from)
+        if o.init_from and not ckpt:
+            with torch.no_grad():
+                for name, w in weights_to_copy(o, self.model).items():
+                    self.model.get_parameter(name).copy_(w)
+        if o.freeze:
+            for name in COPIED[o.copy]:
+                self.model.get_parameter(name).requires_grad_(False)
         named = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.names, self.weights = list(named), list(named.values())  # what is trained
         self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
@@ -235,18 +261,6 @@ class Run:
         if ckpt:
             self.restore(ckpt)
 
-    def copy_weights(self, path):
-        """The matrices of --copy, from the run folder `path` if given, and frozen by --freeze. Raises Refusal."""
-        own = dict(self.model.named_parameters())
-        for name in PARTS.get(self.o.copy, own):
-            if path:
-                source = load(Path(path, 'ckpt.pt'), ('model', 'config'))
-                theirs, p = source['model'].get(name), source['config'].get('p')
-                if theirs is None or theirs.shape != own[name].shape or p != self.o.p:
-                    raise Refusal(f'--init_from {path}: its {name} is {list(getattr(theirs, "shape", []))} at p = {p}, here {list(own[name].shape)} at p = {self.o.p}')
-                own[name].data.copy_(theirs)
-            own[name].requires_grad_(not self.o.freeze)
-
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision == 'bfloat16')
 
@@ -254,7 +268,7 @@ class Run:
         """Tokens and targets -> logits (N, C), loss (Q,), accuracy (Q,), and the objective's gradient at the logits (N, C). The logits are
         there for `backward` alone: the gradient may have their memory."""
         with self.autocast():
-            logits = self.logits(x, drop).view(len(y), -1)
+            logits = self.logits(x, drop).reshape(len(y), -1)
         return logits, *self.losses(logits, y, self.data.classes, self.task_weight, overwrite=True)
 
     def masks(self, n):
@@ -517,7 +531,7 @@ def device_name(device):
 
 
 def gflop_per_epoch(o, d):
-    """Counted work of one epoch on data d in training (forward and backward, twice the forward) and in validation (forward): two numbers."""
+    """Counted work of one epoch on data d in training (forward and backward, twice the forward, nothing frozen) and in validation (forward): two numbers."""
     train, valid, _ = data.split(len(d.y), o.train_frac)
     return [flop_per_row(o.d_model, sum(d.classes) // d.n_ops) * d.n_ops * rows / 1e9 for rows in (3 * len(train), len(valid))]
 
@@ -597,14 +611,14 @@ def one_run(given):
     if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
         raise Refusal(f'{folder} holds a run; go on with it by --resume, or choose another folder by --out')
 
-    params, device = sum(w.numel() for w in run.weights), device_name(o.device)
+    params, device = sum(w.numel() for w in run.model.parameters()), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
     if o.bench:
         return bench(run, o)
-    recipe = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs'
+    how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {o.copy} frozen' if o.freeze else '')
     if o.resume:
-        print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {recipe}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
+        print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {how}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
     else:
         why, hint = 'as asked', ''
         if given.get('preset', 'auto') == 'auto':
@@ -615,7 +629,7 @@ def one_run(given):
             about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
             why = f'the default {"with" if run.cuda else "without"} CUDA'
             hint = f'; the other, some {about} here: python train.py {analyze.flags(given | dict(preset=other, out=f"{o.out}-{other}"))}'
-        print(f'preset {o.preset} ({why}): {recipe}{hint}')
+        print(f'preset {o.preset} ({why}): {how}{hint}')
     with torch.no_grad():
         _, loss, _, _ = run.forward(*run.parts[1])
     print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
@@ -636,7 +650,7 @@ def one_run(given):
 def sweep_settings(given):
     """Options given -> a dict of options for each run of the sweep, in an order that the seed fixes: a longer sweep begins with the
     shorter one. An option given by itself leaves the default grid. Raises Refusal."""
-    types, grid = {f.name: f.type for f in dataclasses.fields(Options) if f.name not in HOW | {'preset'}}, {}
+    types, grid = {f.name: f.type for f in dataclasses.fields(Options) if f.name not in HOW | {'preset', 'init_from', 'freeze'}}, {}
     for axis in given.get('sweep_space', Options.sweep_space).split():
         name, _, values = axis.partition('=')
         try:
@@ -670,11 +684,18 @@ def sweep(given):
         given['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
     given['precision'] = resolve(given | settings[0])[0].precision  # measured once, if at all
 
-    plan = []
+    plan, checked = [], {}
     for setting in settings:  # every fault of an option shows itself before any work is done
         out = folder / ','.join(f'{k}={v}' for k, v in setting.items())
         options = given | setting | dict(out=str(out))
         o, _ = resolve(options)
+        try:
+            if (o.task, o.p) not in checked:
+                checked[o.task, o.p] = data.make(o.task, o.p)
+        except ValueError as e:
+            raise Refusal(e)
+        if o.init_from and not (out / 'ckpt.pt').exists():
+            weights_to_copy(o, network(o, checked[o.task, o.p]))
         if (out / 'ckpt.pt').exists():
             options['resume'] = True
             own, _ = resolve(options)
