@@ -734,7 +734,7 @@ def came_or_got(r):
     return '+'.join(f'({acc:.2f})' if e is None else f'{e:,}' for e, acc in zip(r['tasks']['grok_epoch'], r['tasks']['valid_acc']))
 
 
-def both(*names, fmt='.2f'):
+def joined(*names, fmt='.2f'):
     """Numbers of the analysis, joined by a slash; lists over operations by a plus."""
     def show(v):
         return '+'.join(map(show, v)) if isinstance(v, list) else f'{v:{fmt}}'
@@ -750,24 +750,30 @@ PAPER, SMALL = '--preset paper --precision bfloat16', '--preset paper --task nan
 MASKED, BASIS, NO_DROPOUT = (f'{FAST} {o} (an earlier version)' for o in ('--task masked', '--task basis', '--dropout 0'))
 EARLIER, EXAMPLE, BATCH = FAST + ' (an earlier version)', FAST + ' --epochs 1500', FAST + ' --dropout_mask batch --epochs 1500'
 
-def formula(task, *options):
+def fast_run(task, *options):
     return ' '.join(['--preset fast --task', shlex.quote(task), *options])
 
 
-HALF, MEASURES = '--train_frac 0.5', (('W_E', both('W_E_FFD', 'W_E_FCR')), ('W_L', both('W_L_FFD', 'W_L_FCR')))
+HALF, LONG, ADAMW = '--train_frac 0.5', '--epochs 3000', '--preset paper{} --precision bfloat16'
+MEASURES = (('W_E', joined('W_E_FFD', 'W_E_FCR')), ('W_L', joined('W_L_FFD', 'W_L_FCR')))
 FORMULAS = ('a+b', 'a-b', '2*a+b', '2*a-b', 'a*b', 'a*b+b', 'a*b-b', 'a*b+a+b', 'a^2+b', 'a^2-b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3', '(a-b)^3',
             'a^2+a*b+b^2', 'a^3+a*b', 'a^3+a*b^2+b')
 
 
 def measured(*tasks):
     """Where to look for FFD/FCR of both matrices of some formulas."""
-    return [(formula(task), f'{task} {matrix}:', value) for task in tasks for matrix, value in MEASURES]
+    return [(fast_run(task), f'{task} {matrix}:', value) for task in tasks for matrix, value in MEASURES]
+
+
+def came_to(*tasks):
+    """Where to look for the epochs of some formulas at 30 %."""
+    return [(fast_run(task), f'{task}:', came_or_got) for task in tasks]
 
 
 def borrowed(task, source, part):
     """Where to look for a run that starts with the frozen weights of another, and for the same run without."""
-    return [(formula(task, '--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze'), f'{task}, .99 from epoch:', came_or_got),
-            (formula(task), 'from scratch:', came_or_got)]
+    return [(fast_run(task, '--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze'), f'{task} frozen:', came_or_got),
+            (fast_run(task), f'{task} from scratch:', came_or_got)]
 
 
 CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
@@ -805,25 +811,29 @@ CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words 
         (FULL, 'half of the summed norm by epoch, W_Q/W_K/W_V/W_in/W_U:', half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U')), (PAPER, "30 %, the paper's settings:", half('W_Q', 'W_K', 'W_V', 'W_in', 'W_U'))]),
 ]
 POLYNOMIALS = [  # the same for Furuta et al. 2024
-    ('(l) a+b, a-b: FFD falls, FCR stays', 'falls, stays', '?', measured('a+b', 'a-b')),
-    ('(m) a*b: FFD stays 1, FCR falls', 'stays, falls', '?', measured('a*b')),
-    ('(n) a*b+b: both fall', 'both fall', '?', measured('a*b+b')),
-    ('(o) a^n+b^n like multiplication: FFD stays, FCR falls', 'as a*b', '?', measured('a^2+b^2', 'a^3+b^3')),
-    ('(p) (a+b)^n like addition: FFD falls, FCR stays', 'as a+b', '?', measured('(a+b)^2', '(a+b)^3')),
-    ('(q) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', '?', borrowed('2*a+b', 'a+b', 'embed')),
-    ('(q) a frozen block of a*b makes a*b+b grok at 30 %', 'yes; not without', '?', borrowed('a*b+b', 'a*b', 'block')),
-    ('(q) frozen embeddings between a*b and a+b hurt', 'hurt', '?', borrowed('a*b', 'a+b', 'embed') + borrowed('a+b', 'a*b', 'embed')),
-    ('(r) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', '?', [
-        (formula('elementary'), '30 %, .99 from epoch:', came_or_got), (formula('elementary', HALF), '50 %:', came_or_got)]),
-    ('(r) a+b beside it helps a*b+b', 'groks at 30 %', '?', [(formula('a+b,a*b+b'), 'both, .99 from epoch:', came_or_got), (formula('a*b+b'), 'alone:', came_or_got)]),
-    ('(s) the hardest, above 50 %', 'a^2+ab+b^2 from 80 %, a^3+ab from 90 %, the others never', '?', [
-        (formula(f, f'--train_frac {share}'), f'{f} at {share:.0%}:', came_or_got) for f in data.FAMILIES['unfactored'].split(',') for share in (0.7, 0.9)]),
-    ('(t) by the paper\'s settings a+b and a*b grok at 30 %', 'yes', '?', [
-        (f"--preset paper --task {task} --train_frac {share} --epochs {epochs} --precision bfloat16".replace(' --train_frac 0.3', ''), f'{task}, {share:.0%}:', came_or_got)
-        for share, epochs in ((0.3, 15000), (0.5, 10000)) for task in ('a+b', "'a*b'")]),
-    ('(u) a*b at p = 113: dense over residues, sparse over their logarithms', '-', '?', [
-        (formula('a*b', '--p 113'), 'Gini of W_E:', both('W_E_gini', 'W_E_mult_gini')), (formula('a*b', '--p 113'), 'effective frequencies:', both('W_E_effective', 'W_E_mult_effective', fmt='.1f')),
-        (formula('a*b', '--p 113'), 'neurons of 512 with 85 % at one:', both('sharp', 'sharp_mult', fmt=''))]),
+    ('(l) a+b, a-b: FFD falls, FCR stays', 'falls, stays', 'confirmed', measured('a+b', 'a-b')),
+    ('(m) a*b: FFD stays 1, FCR falls', 'stays, falls', 'confirmed; how far it falls depends on the frequencies', measured('a*b')),
+    ('(n) a*b+b: both fall', 'both fall', 'not confirmed: FFD stays 1', measured('a*b+b')),
+    ('(o) a^n+b^n like multiplication', 'FFD stays, FCR falls', 'qualified: W_E so, W_L as for addition', measured('a^2+b^2', 'a^3+b^3')),
+    ('(p) (a+b)^n like addition', 'FFD falls, FCR stays', 'qualified: W_E so, W_L not', measured('(a+b)^2', '(a+b)^3')),
+    ('(q) these grok at 30 %', 'yes', 'confirmed but for (a+b)^3', came_to('a+b', 'a-b', 'a*b', 'a*b+a+b', 'a^2+b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3')),
+    ('(q) these need more', '40 %: 2a-b, a^2-b; 50 %: 2a+b, ab+b, ab-b, (a-b)^3', 'not confirmed but for (a-b)^3', came_to('2*a-b', 'a^2-b', '2*a+b', 'a*b+b', 'a*b-b', '(a-b)^3')),
+    ('(q) these need 80 %, 90 %, or never grok', 'a^2+ab+b^2, a^3+ab; a^3+ab^2+b, a^2+ab+b^2+a', 'none comes to .99 in 1,000 epochs', [
+        (fast_run(f, f'--train_frac {share}'), f'{f} at {share:.0%}:', came_or_got) for f in data.FAMILIES['unfactored'].split(',') for share in (0.7, 0.9)]),
+    ("(r) by the paper's settings a+b and a*b grok at 30 %", 'yes', '?', [
+        (ADAMW.format(f' --task {task}{share}'), f'{task} {words}', came_or_got)
+        for share, words in ((' --epochs 100000', '30 %:'), (' --train_frac 0.5 --epochs 10000', '50 %:')) for task in ('a+b', "'a*b'")]),
+    ('(s) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', 'not confirmed: it groks with and without, and not sooner with', borrowed('2*a+b', 'a+b', 'embed')),
+    ('(s) a frozen block of a*b makes a*b+b grok at 30 %', 'yes; not without', 'not confirmed: the reverse', borrowed('a*b+b', 'a*b', 'block')),
+    ('(s) frozen embeddings between a*b and a+b hurt', 'hurt', 'confirmed', borrowed('a*b', 'a+b', 'embed') + borrowed('a+b', 'a*b', 'embed')),
+    ('(t) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', 'qualified: at 30 % by seed', [
+        (fast_run('elementary'), '30 %:', came_or_got), (fast_run('elementary', HALF), '50 %:', came_or_got)]),
+    ('(t) a+b beside it helps a*b+b', 'groks at 30 %', 'not confirmed: neither groks beside the other', [(fast_run('a+b,a*b+b'), 'both:', came_or_got), (fast_run('a*b+b'), 'a*b+b alone:', came_or_got)]),
+    ('(u) a*b is dense over residues and sparse over their logarithms', 'not looked at', 'so it is', [
+        (options, words, value) for options, where in ((fast_run('a*b', '--p 113'), 'p = 113, '), (ADAMW.format(" --task 'a*b' --train_frac 0.5 --epochs 10000"), "the paper's settings, 50 %, "))
+        for words, value in ((f'{where}Gini of W_E:', joined('W_E_gini', 'W_E_mult_gini')), ('effective frequencies:', joined('W_E_effective', 'W_E_mult_effective', fmt='.1f')), ('neurons of 512 with 85 % at one:', joined('sharp', 'sharp_mult', fmt='')))]),
+    ('(v) with more epochs', '-', 'a*b+b beside a+b and (a+b)^3: ?', [
+        (fast_run('(a+b)^3', LONG), '(a+b)^3, 30 %:', came_or_got), (fast_run('a+b,a*b+b', LONG), 'a+b and a*b+b, 30 %:', came_or_got), (fast_run('a^2+a*b+b^2', '--train_frac 0.8', LONG), 'a^2+a*b+b^2, 80 %:', came_or_got)]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
@@ -859,12 +869,12 @@ def report():
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
         (name, *(each(groups[options], lambda r: r[when][k], fmt) for k, fmt in neurons)) for name, options, when in ((name, there(options), when) for name, options, when in NETWORKS) if options in groups]))
-    columns = [('W_E: FFD/FCR', both('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', both('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', both('W_E_effective', 'W_E_mult_effective', fmt='.0f')),
-               ('of W_L', both('W_L_effective', 'W_L_mult_effective', fmt='.0f')), ('sparsest about the residue', lambda r: r['final']['centre']),
-               ('neurons of 512 with 85 % at one frequency', both('sharp', 'sharp_mult', fmt=''))]
+    columns = [('W_E: FFD/FCR', joined('W_E_FFD', 'W_E_FCR')), ('W_L: FFD/FCR', joined('W_L_FFD', 'W_L_FCR')), ('effective frequencies of W_E, by residues/logarithms', joined('W_E_effective', 'W_E_mult_effective', fmt='.0f')),
+               ('of W_L', joined('W_L_effective', 'W_L_mult_effective', fmt='.0f')), ('W_E sparsest about the residue (Gini)', lambda r: f'{r["final"]["centre"]} ({r["final"]["centre_gini"]:.2f})'),
+               ('neurons of 512 with 85 % at one frequency', joined('sharp', 'sharp_mult', fmt=''))]
     print(table(['formula', '.99 from epoch, 30 %', '50 %', *(name + ' (30 %)' for name, _ in columns)], [
-        (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (formula(task), formula(task, HALF))),
-         *(each(groups.get(formula(task), []), value) for _, value in columns)) for task in FORMULAS]))
+        (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (fast_run(task), fast_run(task, HALF))),
+         *(each(groups.get(fast_run(task), []), value) for _, value in columns)) for task in FORMULAS]))
 
 
 def main(argv):

@@ -944,6 +944,11 @@ def test_order_and_span_of_a_result():
     assert analyze.order(3)(dict(tasks=dict(name=['n mod 2'], grok_epoch=[None]))) == 'none'
 
 
+def test_values_of_a_mixture():
+    r = dict(tasks=dict(grok_epoch=[None, 1234], valid_acc=[0.5, 1.0]), final=dict(x=0.123, y=[3, 4]))
+    assert analyze.came_or_got(r) == '(0.50)+1,234' and analyze.joined('x', 'y', fmt='.1f')(r) == '0.1/3.0+4.0'
+
+
 def test_results_are_collected_and_reported(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, 'RESULTS', tmp_path / 'results.json')
     for _ in range(2):  # the second takes the place of the first
