@@ -52,7 +52,8 @@ class Run:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
         self.records = analyze.load_records(self.path, self.classes, self.epoch)
         self.one_modulus = len(set(self.classes)) == 1
-        self.label = self.task if self.path.name == self.task else f'{self.task} ({self.path.name})'
+        name = self.path.name.replace(f'task={self.task}', '').strip(',')  # of a sweep's folder what is not the task
+        self.label = self.task if name in ('', self.task) else f'{self.task} ({name})'
         self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
 
 
@@ -411,6 +412,8 @@ def density(runs):
             ax.legend()
     for ax in axes[:-1].flat:
         ax.set_xlabel('')
+    for ax in axes[1:].flat:
+        ax.get_legend().remove()
     return fig
 
 
