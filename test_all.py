@@ -283,7 +283,7 @@ def test_loss_and_accuracy_against_torch_on_several_tasks():
     assert torch.allclose(loss / torch.tensor(d.classes).log(), torch.ones(5))  # uniform guessing
 
 
-@pytest.mark.parametrize('task', ['miiii', 'nanda'])
+@pytest.mark.parametrize('task', ['miiii', 'nanda', 'a*b,a+b'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_forms_of_the_loss_agree(task, dtype):
     """On several tasks at once with weights: the form for CUDA, the one that overwrites the logits, bfloat16 logits, a transposed matrix."""
@@ -440,9 +440,10 @@ def test_eager_and_compiled_agree():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-def test_captured_graph_is_the_eager_step():
+@pytest.mark.parametrize('task', ['miiii', 'a*b,a+b'])
+def test_captured_graph_is_the_eager_step(task):
     """200 epochs: the same losses and filter memory as without capture, dropout different at every replay."""
-    args = ('--device', 'cuda', '--epochs', 200, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
+    args = ('--task', task, '--device', 'cuda', '--epochs', 200, '--optimizer', 'adamw', '--lamb', 0.5, '--lr', '3e-4')
     eager = make_run(*args, '--compile', 'off')
     a = losses_of(eager, eager.step, 200)
     graph = make_run(*args, '--compile', 'on')
