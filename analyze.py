@@ -770,10 +770,10 @@ def came_to(*tasks):
     return [(fast_run(task), f'{task}:', came_or_got) for task in tasks]
 
 
-def borrowed(task, source, part):
+def borrowed(task, source, part, *options):
     """Where to look for a run that starts with the frozen weights of another, and for the same run without."""
-    return [(fast_run(task, '--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze'), f'{task} frozen:', came_or_got),
-            (fast_run(task), f'{task} from scratch:', came_or_got)]
+    start = ['--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze']
+    return [(fast_run(task, *start, *options), f'{task} with the {part} of {source} frozen:', came_or_got), (fast_run(task, *options), f'{task} from scratch:', came_or_got)]
 
 
 CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words before the values, value
@@ -816,24 +816,26 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
     ('(n) a*b+b: both fall', 'both fall', 'not confirmed: FFD stays 1', measured('a*b+b')),
     ('(o) a^n+b^n like multiplication', 'FFD stays, FCR falls', 'qualified: W_E so, W_L as for addition', measured('a^2+b^2', 'a^3+b^3')),
     ('(p) (a+b)^n like addition', 'FFD falls, FCR stays', 'qualified: W_E so, W_L not', measured('(a+b)^2', '(a+b)^3')),
-    ('(q) these grok at 30 %', 'yes', 'confirmed but for (a+b)^3', came_to('a+b', 'a-b', 'a*b', 'a*b+a+b', 'a^2+b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3')),
+    ('(q) these grok at 30 %', 'yes', 'confirmed but for (a+b)^3: .96 after 3,000 epochs', came_to('a+b', 'a-b', 'a*b', 'a*b+a+b', 'a^2+b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3')),
     ('(q) these need more', '40 %: 2a-b, a^2-b; 50 %: 2a+b, ab+b, ab-b, (a-b)^3', 'not confirmed but for (a-b)^3', came_to('2*a-b', 'a^2-b', '2*a+b', 'a*b+b', 'a*b-b', '(a-b)^3')),
-    ('(q) these need 80 %, 90 %, or never grok', 'a^2+ab+b^2, a^3+ab; a^3+ab^2+b, a^2+ab+b^2+a', 'none comes to .99 in 1,000 epochs', [
+    ('(q) these need 80 %, 90 %, or never grok', 'a^2+ab+b^2, a^3+ab; a^3+ab^2+b, a^2+ab+b^2+a', 'a^2+ab+b^2 and a^2+ab+b^2+a come near at 90 %, the others not at all', [
         (fast_run(f, f'--train_frac {share}'), f'{f} at {share:.0%}:', came_or_got) for f in data.FAMILIES['unfactored'].split(',') for share in (0.7, 0.9)]),
     ("(r) by the paper's settings a+b and a*b grok at 30 %", 'yes', '?', [
-        (ADAMW.format(f' --task {task}{share}'), f'{task} {words}', came_or_got)
-        for share, words in ((' --epochs 100000', '30 %:'), (' --train_frac 0.5 --epochs 10000', '50 %:')) for task in ('a+b', "'a*b'")]),
+        (ADAMW.format(f' --task {shlex.quote(task)}{share}'), f'{task} {words}', came_or_got)
+        for share, words in ((' --epochs 100000', '30 %:'), (' --train_frac 0.5 --epochs 10000', '50 %:')) for task in ('a+b', 'a*b')]),
     ('(s) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', 'not confirmed: it groks with and without, and not sooner with', borrowed('2*a+b', 'a+b', 'embed')),
     ('(s) a frozen block of a*b makes a*b+b grok at 30 %', 'yes; not without', 'not confirmed: the reverse', borrowed('a*b+b', 'a*b', 'block')),
     ('(s) frozen embeddings between a*b and a+b hurt', 'hurt', 'confirmed', borrowed('a*b', 'a+b', 'embed') + borrowed('a+b', 'a*b', 'embed')),
     ('(t) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', 'qualified: at 30 % by seed', [
         (fast_run('elementary'), '30 %:', came_or_got), (fast_run('elementary', HALF), '50 %:', came_or_got)]),
-    ('(t) a+b beside it helps a*b+b', 'groks at 30 %', 'not confirmed: neither groks beside the other', [(fast_run('a+b,a*b+b'), 'both:', came_or_got), (fast_run('a*b+b'), 'a*b+b alone:', came_or_got)]),
+    ('(t) a+b beside it helps a*b+b', 'groks at 30 %', 'not confirmed: a*b+b groks alone, and beside a+b later (v)', [(fast_run('a+b,a*b+b'), 'both:', came_or_got), (fast_run('a*b+b'), 'a*b+b alone:', came_or_got)]),
     ('(u) a*b is dense over residues and sparse over their logarithms', 'not looked at', 'so it is', [
         (options, words, value) for options, where in ((fast_run('a*b', '--p 113'), 'p = 113, '), (ADAMW.format(" --task 'a*b' --train_frac 0.5 --epochs 10000"), "the paper's settings, 50 %, "))
         for words, value in ((f'{where}Gini of W_E:', joined('W_E_gini', 'W_E_mult_gini')), ('effective frequencies:', joined('W_E_effective', 'W_E_mult_effective', fmt='.1f')), ('neurons of 512 with 85 % at one:', joined('sharp', 'sharp_mult', fmt='')))]),
-    ('(v) with more epochs', '-', 'a*b+b beside a+b and (a+b)^3: ?', [
-        (fast_run('(a+b)^3', LONG), '(a+b)^3, 30 %:', came_or_got), (fast_run('a+b,a*b+b', LONG), 'a+b and a*b+b, 30 %:', came_or_got), (fast_run('a^2+a*b+b^2', '--train_frac 0.8', LONG), 'a^2+a*b+b^2, 80 %:', came_or_got)]),
+    ('(v) some of these with 3,000 epochs', '-', '?', [
+        (fast_run('(a+b)^3', LONG), '(a+b)^3, 30 %:', came_or_got), (fast_run('a^2+a*b+b^2', '--train_frac 0.8', LONG), 'a^2+a*b+b^2, 80 %:', came_or_got),
+        (fast_run('elementary', LONG), 'a+b, a-b, a*b, 30 %:', came_or_got), (fast_run('a+b,a*b+b', LONG), 'a+b and a*b+b, 30 %:', came_or_got),
+        *(borrowed(task, source, part, LONG)[0] for task, source, part in (('a*b+b', 'a*b', 'block'), ('a*b', 'a+b', 'embed'), ('a+b', 'a*b', 'embed')))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
