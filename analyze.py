@@ -813,17 +813,17 @@ CLAIMS = [  # claim, the paper's number, verdict, where to look: options, words 
 POLYNOMIALS = [  # the same for Furuta et al. 2024
     ('(l) a+b, a-b: FFD falls, FCR stays', 'falls, stays', 'confirmed', measured('a+b', 'a-b')),
     ('(m) a*b: FFD stays 1, FCR falls', 'stays, falls', 'confirmed; how far it falls depends on the frequencies', measured('a*b')),
-    ('(n) a*b+b: both fall', 'both fall', 'not confirmed: FFD stays 1', measured('a*b+b')),
+    ('(n) a*b+b: both fall', 'both fall', 'not confirmed: FFD stays 1, FCR falls by seed', measured('a*b+b')),
     ('(o) a^n+b^n like multiplication', 'FFD stays, FCR falls', 'qualified: W_E so, W_L as for addition', measured('a^2+b^2', 'a^3+b^3')),
     ('(p) (a+b)^n like addition', 'FFD falls, FCR stays', 'qualified: W_E so, W_L not', measured('(a+b)^2', '(a+b)^3')),
     ('(q) these grok at 30 %', 'yes', 'confirmed but for (a+b)^3: .96 after 3,000 epochs', came_to('a+b', 'a-b', 'a*b', 'a*b+a+b', 'a^2+b', 'a^2+b^2', 'a^3+b^3', '(a+b)^2', '(a+b)^3')),
     ('(q) these need more', '40 %: 2a-b, a^2-b; 50 %: 2a+b, ab+b, ab-b, (a-b)^3', 'not confirmed but for (a-b)^3', came_to('2*a-b', 'a^2-b', '2*a+b', 'a*b+b', 'a*b-b', '(a-b)^3')),
     ('(q) these need 80 %, 90 %, or never grok', 'a^2+ab+b^2, a^3+ab; a^3+ab^2+b, a^2+ab+b^2+a', 'a^2+ab+b^2 and a^2+ab+b^2+a come near at 90 %, the others not at all', [
         (fast_run(f, f'--train_frac {share}'), f'{f} at {share:.0%}:', came_or_got) for f in data.FAMILIES['unfactored'].split(',') for share in (0.7, 0.9)]),
-    ("(r) by the paper's settings a+b and a*b grok at 30 %", 'yes', '?', [
+    ("(r) by the paper's settings a+b and a*b grok at 30 %", 'yes', 'qualified: a+b does, late; a*b not within 100,000 epochs', [
         (ADAMW.format(f' --task {shlex.quote(task)}{share}'), f'{task} {words}', came_or_got)
         for share, words in ((' --epochs 100000', '30 %:'), (' --train_frac 0.5 --epochs 10000', '50 %:')) for task in ('a+b', 'a*b')]),
-    ('(s) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', 'not confirmed: it groks with and without, and not sooner with', borrowed('2*a+b', 'a+b', 'embed')),
+    ('(s) a frozen embedding of a+b makes 2a+b grok at 30 %', 'yes; not without', 'not confirmed: it groks with and without, sooner with in one of three seeds', borrowed('2*a+b', 'a+b', 'embed')),
     ('(s) a frozen block of a*b makes a*b+b grok at 30 %', 'yes; not without', 'not confirmed: the reverse', borrowed('a*b+b', 'a*b', 'block')),
     ('(s) frozen embeddings between a*b and a+b hurt', 'hurt', 'confirmed', borrowed('a*b', 'a+b', 'embed') + borrowed('a+b', 'a*b', 'embed')),
     ('(t) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', 'qualified: at 30 % by seed, and with 3,000 epochs (v)', [

@@ -56,7 +56,7 @@ def make(task, p, seed=0, device='cpu'):
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}              (section Tasks)
     a formula in a = x0 and b = x1, or several between commas, mod p   (Furuta et al. 2024); a name in FAMILIES stands for its formulas
 
-    Raises ValueError for a task that is none of these, a formula that stands twice, and a p that is not a prime >= 5.
+    Raises ValueError for a task that is none of these, two formulas that are the same, and a p that is not a prime >= 5.
     """
     if p < 5 or p not in primes_below(p + 1):
         raise ValueError(f'p must be a prime >= 5, and {p} is not')
@@ -73,10 +73,10 @@ def make(task, p, seed=0, device='cpu'):
             y = torch.stack([evaluate(f, x0, x1, p) for f in formulas], 1)
         except ValueError as e:
             words = [f for f in task.split(',') if f.isalpha() and f.strip('ab')]
-            raise ValueError(f'no task {words[0]!r}: there are {", ".join(TASKS)}, formulas in a and b, and for several, not beside others, {", ".join(FAMILIES)}' if words else e)
+            raise ValueError(f'{words[0]!r} is no formula in a and b; by themselves there are {", ".join((*TASKS, *FAMILIES))}' if words else e)
         names, classes = [''.join(f.split()) for f in formulas], [p] * len(formulas)
-        if len(set(names)) < len(names):
-            raise ValueError(f'in {task!r} a formula stands twice')
+        if len(y.T.unique(dim=0)) < len(names):
+            raise ValueError(f'two formulas of {task!r} are the same modulo {p}')
     if task == 'basis':
         y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + 2 ** 32))]  # not the split's own permutation
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])

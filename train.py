@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -68,7 +69,7 @@ class Options:
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
-    init_from: str = opt('', 'run folder of the same p and size to copy weights from')
+    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from')
     copy: str = opt('all', 'what to copy: embed = W_E, block = attention and MLP', choices=('embed', 'block', 'all'))
     freeze: bool = opt(False, 'hold what was copied fixed')
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
