@@ -921,7 +921,7 @@ def test_a_shipped_run_is_taken_like_its_own_folder(folders, tmp_path):
     assert done.returncode == 0 and 'note' not in done.stdout, done.stderr + done.stdout
     assert (to / 'analysis.json').read_text() == (folder / 'analysis.json').read_text().replace(str(folder), '')
     own, small = (np.load(x / 'analysis.npz') for x in (folder, to))
-    assert own.files == small.files and all(np.allclose(own[k], small[k], rtol=1e-3, atol=1e-3) for k in own.files if own[k].dtype != bool)
+    assert own.files == small.files and all(np.allclose(own[k], small[k], rtol=1e-3, atol=1e-3) for k in own.files if own[k].dtype.kind in 'fi')
     done = cli(to, script='plots.py')
     assert done.returncode == 0 and 'not drawn' not in done.stdout.replace('mechanism not drawn', ''), done.stdout
     assert 'made by --ship' in refused('--resume', '--epochs', 40, '--out', to)
@@ -1108,7 +1108,7 @@ def test_resume_is_exact(tmp_path, extra):
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_resumes_exactly(tmp_path, monkeypatch, capsys, sig):
     """The signal comes in the middle of an epoch, or while the host looks; either way the last epoch is saved."""
-    args = [*TINY, '--epochs', '70']
+    args, handler = [*TINY, '--epochs', '70'], signal.getsignal(signal.SIGINT)
     assert not train.main([*args, '--out', str(tmp_path / 'straight')])
     for where in ('step', 'check_finite'):
         home, out = {'step': train.Run, 'check_finite': train}[where], tmp_path / where
@@ -1125,7 +1125,7 @@ def test_stopped_run_resumes_exactly(tmp_path, monkeypatch, capsys, sig):
         assert 31 <= step < 70 and f'saved at epoch {step}' in capsys.readouterr().out and not (out / 'summary.json').exists()
         assert not train.main(['--resume', '--out', str(out)])
         same_run(tmp_path / 'straight', out)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # handlers are given back
+    assert signal.getsignal(signal.SIGINT) == handler  # handlers are given back
 
 
 def test_second_signal_leaves_at_once(tmp_path):
