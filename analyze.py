@@ -101,7 +101,7 @@ def wave_memory(p, classes):
 
 
 def waves(p, classes, stride):
-    """The waves that the targets are made of, for numbers and sums: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
+    """The waves that the targets are made of, for numbers and modular sums: cos and sin of 2 pi k (x0 +- stride x1) / q over all p^2 inputs.
 
     -> (4, B, p^2): cos and sin of the sum wave, cos and sin of the difference wave of each of wave_freqs. For q = 2 the sine
     vanishes and the difference wave is the sum wave again; both stand as zeros. At p = 113: 1,451 sum, 1,450 difference waves.
@@ -829,7 +829,7 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
     ('(t) a+b, a-b, a*b in one network do not grok at 30 %, and do with more', 'no; yes', 'qualified: at 30 % by seed, and with 3,000 epochs (v)', [
         (fast_run('elementary'), '30 %:', came_or_got), (fast_run('elementary', HALF), '50 %:', came_or_got)]),
     ('(t) a+b beside it helps a*b+b', 'groks at 30 %', 'not confirmed: a*b+b groks alone, and beside a+b later (v)', [(fast_run('a+b,a*b+b'), 'both:', came_or_got), (fast_run('a*b+b'), 'a*b+b alone:', came_or_got)]),
-    ('(u) a*b is dense over residues and sparse over their logarithms', 'not looked at', 'so it is', [
+    ('(u) a*b is dense over residues and sparse over their logarithms', '-', 'so it is', [
         (options, words, value) for options, where in ((fast_run('a*b', '--p 113'), 'p = 113, '), (ADAMW.format(" --task 'a*b' --train_frac 0.5 --epochs 10000"), "the paper's settings, 50 %, "))
         for words, value in ((f'{where}Gini of W_E:', joined('W_E_gini', 'W_E_mult_gini')), ('effective frequencies:', joined('W_E_effective', 'W_E_mult_effective', fmt='.1f')), ('neurons of 512 with 85 % at one:', joined('sharp', 'sharp_mult', fmt='')))]),
     ('(v) some of these with 3,000 epochs', '-', 'the mixtures grok, (a+b)^3 and a^2+ab+b^2 come near, borrowed parts still hurt', [
