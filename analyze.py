@@ -4,6 +4,7 @@
     python analyze.py out/miiii --ship small/miiii  # a copy to pass on, a twentieth of the size
     python analyze.py out/miiii --collect           # add the run to assets/results.json
     python analyze.py --report                      # the README's tables, printed from there
+    python analyze.py --embedding numbers.npy       # any matrix with a row per number: periods that stand out, singular values
 
 Prints a table per run and writes analysis.json (single numbers) and analysis.npz (arrays) into its folder. Every number stands
 beside the same number of the same weights at initialisation, its null (copied weights count as they were copied).
@@ -11,6 +12,7 @@ beside the same number of the same weights at initialisation, its null (copied w
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import shlex
 import sys
@@ -37,8 +39,8 @@ def cos_sin(W):
 
 
 def fourier(W):
-    """The same for odd n with the constant, in the order const, cos 1, sin 1, cos 2, sin 2, ...: (n, D)."""
-    return torch.cat([W.mean(0, keepdim=True) * len(W) ** 0.5, cos_sin(W).transpose(0, 1).flatten(0, 1)])
+    """The same with the constant, in the order const, cos 1, sin 1, cos 2, sin 2, ...: (n, D)."""
+    return torch.cat([W.mean(0, keepdim=True) * len(W) ** 0.5, cos_sin(W).transpose(0, 1).flatten(0, 1)])[:len(W)]
 
 
 def density_and_ratio(W):
@@ -85,6 +87,24 @@ def gini(x):
 def effective(power):
     """How many of the entries carry it: (sum s)^2 / sum s^2."""
     return power.sum() ** 2 / power.square().sum().clamp(min=1e-30)
+
+
+def prominences(x):
+    """How far each local maximum of x (n,) stands above the higher of the two lowest points between it and what is higher on either side;
+    0 for all that is no maximum."""
+    x, out = x.tolist(), [0.0] * len(x)
+    for i, top in enumerate(x):
+        sides = [x[:i][::-1], x[i + 1:]]
+        if all(side[0] < top for side in sides if side):
+            valleys = [min(itertools.takewhile(lambda v: v <= top, side)) for side in sides if side]
+            out[i] = top - max(valleys)
+    return torch.tensor(out)
+
+
+def outliers(spectrum):
+    """The frequencies k = 1 .. n//2 that stand out of their surroundings in a spectrum (n//2,): prominence more than twelve times the usual
+    step from one frequency to the next (the median), and more than a twentieth of the largest value."""
+    return ((prominences(spectrum) > (12 * spectrum.diff().abs().median()).clamp(min=spectrum.max() / 20))).nonzero().flatten() + 1
 
 
 def wave_freqs(classes):
@@ -218,11 +238,10 @@ def carried(share, p):
 def embedding(W):
     """W_E of the digits (p, D): singular values and p-DFT over the tokens (figures 8 to 13 of the paper)."""
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
-    coef = fourier(W)
-    norms = coef[1:].view(len(W) // 2, -1).norm(dim=1)                               # p//2, cos and sin together
+    norms = cos_sin(W).norm(dim=(0, 2))                                              # p//2, cos and sin together
     n50, n90 = [int((S.cumsum(0) < share * S.sum()).sum()) + 1 for share in (0.5, 0.9)]
     numbers = dict(W_E_n50=n50, W_E_n90=n90, W_E_active=active(norms[:, None])[0], W_E_gini=gini(norms), W_E_effective=effective(norms.square()))
-    return numbers, dict(singular_values=S, left_vectors=U, W_E_fourier=coef, W_E_norms=norms)
+    return numbers, dict(singular_values=S, left_vectors=U, W_E_fourier=fourier(W), W_E_norms=norms)
 
 
 def positions(W_pos):
@@ -296,6 +315,64 @@ def sharp(neurons, k_share, p, n_ops):
     units = neurons.view(p, p, -1)[by_log][:, by_log].flatten(0, 1)
     mult_share = best_frequency(dft2(units, p - 1), units.var(0, correction=0))[0] * varies(units)
     return {name: (share > 0.85).view(n_ops, -1).sum(1) for name, share in (('sharp', k_share), ('sharp_mult', mult_share))}, {}
+
+
+def components(net, x):
+    """What each part of the network writes into the residual stream of the last position, (2 + H, n, D): the token "=" itself (embedding and
+    position), each head, the MLP. Their sum times W_U is the logits of tokens x (n, 3)."""
+    acts, z = {}, net.W_E[x] + net.W_pos                                             # n T D
+    net(x, acts=acts)
+    values = torch.einsum('ntd,hdk->nthk', z, net.W_V)                               # n T H K
+    heads = torch.einsum('nth,nthk,hkd->hnd', acts['att'], values, net.W_O)
+    return torch.cat([z[None, :, -1], heads, (acts['neurons'] @ net.W_out)[None]])
+
+
+def without(W_U, k):
+    """The projection (D, D) that takes the frequencies k over the classes out of whatever W_U (D, C) reads, and no more: the nearest vector
+    whose logits have none of them (Zhou et al. 2024, section 3.3). Its rank is what is left of D."""
+    A = cos_sin(W_U.T)[:, k - 1].flatten(0, 1)                                       # 2n D
+    _, S, V = torch.linalg.svd(A, full_matrices=False)
+    V = V[S > 1e-5 * S.max()]
+    return torch.eye(len(W_U), dtype=W_U.dtype) - V.T @ V
+
+
+ERRORS = ('accuracy', 'within 2', 'within 10', 'wrong by 10, 20, ...', 'wrong by 1')  # the last two as shares of what is wrong
+
+
+def errors(logits, y, modulus=None):
+    """The five numbers ERRORS of logits (n, C) against true answers y (n,), where a tie is wrong; modulo something the distance of an error
+    is the shorter way round."""
+    right = logits.gather(1, y[:, None])[:, 0]
+    best_wrong, guess = logits.scatter(1, y[:, None], -torch.inf).max(1)
+    off = torch.where(right > best_wrong, 0, (guess - y).abs())
+    off = torch.minimum(off, modulus - off) if modulus else off
+    wrong = (off > 0).sum().clamp(min=1)
+    return [*((off <= d).float().mean() for d in (0, 2, 10)), ((off > 0) & (off % 10 == 0)).sum() / wrong, (off == 1).sum() / wrong]
+
+
+@torch.no_grad()
+def output(net, d, rows, tau=None):
+    """How the parts of a network make its logits, on some pairs: the spectrum of each part over the C classes, which all tasks must share,
+    and what the network can do without the low (k <= tau) or the high frequencies in what its MLP, its attention or both write into the
+    residual stream (Zhou et al. 2024). What attention writes is filtered before the MLP reads it. tau is 50 of 260, as there, or as much of C//2.
+    """
+    x, y = d.part(rows)
+    C, y = d.classes[0], y.flatten()
+    tau = tau or round(50 / 260 * (C // 2))
+    parts = components(net, x)                                                       # 2+H n D
+    spectra = torch.stack([torch.fft.rfft(part @ net.W_U, dim=1).abs().mean(0)[1:] for part in parts])  # 2+H C//2
+    power = spectra.square()
+    numbers = dict(tau=tau, low_share=power[:, :tau].sum(1) / power.sum(1).clamp(min=1e-30), outliers=[outliers(s) for s in spectra])
+
+    k, all_of_it, filters = torch.arange(1, C // 2 + 1), torch.eye(len(net.W_U)), {}
+    low, high = without(net.W_U, k[:tau]), without(net.W_U, k[tau:])
+    for name, from_attention, from_mlp in (
+            ('nothing', all_of_it, all_of_it), ('low from attention', low, all_of_it), ('low from MLP', all_of_it, low), ('low from both', low, low),
+            ('high from attention', high, all_of_it), ('high from MLP', all_of_it, high), ('high from both', high, high)):
+        mid = parts[0] + parts[1:-1].sum(0) @ from_attention
+        z = mid + (mid @ net.W_in).relu() @ net.W_out @ from_mlp
+        filters[name] = errors(z @ net.W_U, y, C if d.stride else None)
+    return numbers | dict(left_without_low=low.trace(), left_without_high=high.trace(), filters=filters), dict(class_spectra=spectra)
 
 
 def mechanism(logits, d, train_rows, key=None):
@@ -442,9 +519,16 @@ def measure(run, weights, solver, key=None):
         parts.append(({f'{part}_losses': loss, f'{part}_accuracies': acc}, {}))
     numbers, arrays = {}, {}
     for some_numbers, some_arrays in parts:
-        numbers |= {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in some_numbers.items()}
+        numbers |= plain(some_numbers)
         arrays |= some_arrays
     return numbers, arrays
+
+
+def plain(v):
+    """Numbers out of tensors, in dicts and lists too."""
+    if isinstance(v, dict):
+        return {k: plain(x) for k, x in v.items()}
+    return v.tolist() if isinstance(v, torch.Tensor) else [plain(x) for x in v] if isinstance(v, list) else v
 
 
 def over_snapshots(run, solver, key):
@@ -499,13 +583,22 @@ def analyse(path):
     set_precision('cpu', 'float32')
     run = Folder(path)
     d, p, solver = run.data, run.p, None
-    if wave_memory(p, d.classes) < MAX_MEMORY:
+    if not d.stride:
+        pass  # the sums have no waves of their own: `output` looks at them
+    elif wave_memory(p, d.classes) < MAX_MEMORY:
         solver = wave_solver(p, waves(p, d.classes, d.stride))
     else:
         run.missing.append(f'the waves at p = {p} need {wave_memory(p, d.classes) / 1e9:.0f} GB: nothing about neurons')
     final, arrays = measure(run, run.final, solver)
     key = torch.tensor(final['key_frequencies'], dtype=torch.long) if 'key_frequencies' in final else None
     initial, start = measure(run, run.initial, solver, key)
+    if len(set(d.classes)) == 1:  # one set of classes
+        rows = run.rows[2][:int(2e8 / d.classes[0])]
+        for weights, numbers, some in ((run.initial, initial, start), (run.final, final, arrays)):
+            run.use(weights, 'weights')
+            more = output(run.net, d, rows)
+            numbers |= plain(more[0])
+            some |= more[1]
     snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
@@ -516,6 +609,28 @@ def analyse(path):
     write(run.path / 'analysis.npz', buffer.getvalue())
     write(run.path / 'analysis.json', json.dumps(numbers, indent=1).encode())
     return numbers, run.missing
+
+
+def analyse_matrix(path, shuffles=20):
+    """Any matrix with a row per number (.npy or .pt): its spectrum over the rows, the periods that stand out, singular values; and as the
+    null the same after its rows were shuffled, so many times. -> numbers, arrays. Raises Refusal."""
+    W = data.matrix(Path(path))
+    if len(W) < 8:
+        raise Refusal(f'{path} has {len(W)} rows, a spectrum over them needs 8')
+    g, S = torch.Generator().manual_seed(0), torch.linalg.svdvals(W)
+    spectrum, *null = (cos_sin(rows).norm(dim=(0, 2)) for rows in (W, *(W[torch.randperm(len(W), generator=g)] for _ in range(shuffles))))
+    peaks = outliers(spectrum)
+    numbers = dict(rows=len(W), columns=W.shape[1], periods=len(W) / peaks, heights=spectrum[peaks - 1] / spectrum.median(), shuffled=[len(outliers(s)) for s in null])
+    numbers |= {f'n{share}': int((S.cumsum(0) < share / 100 * S.sum()).sum()) + 1 for share in (50, 90)}
+    return plain(numbers), dict(spectrum=spectrum, null=torch.stack(null), peaks=peaks, singular_values=S)
+
+
+def matrix_table(path, n):
+    """The numbers of `analyse_matrix` as lines of text."""
+    peaks = ', '.join(f'{period:.3g} ({height:.1f} times the median)' for period, height in zip(n['periods'], n['heights'])) or 'none'
+    return '\n'.join([f'{path}: {n["rows"]} rows, {n["columns"]} columns', f'periods that stand out of the spectrum over the rows: {peaks}',
+                      f'  after a shuffle of the rows: {sum(map(bool, n["shuffled"]))} of {len(n["shuffled"])} show any',
+                      f'singular values that make 50 % of their sum: {n["n50"]}; 90 %: {n["n90"]}'])
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -568,7 +683,9 @@ LABELS = dict(
     W_L_mult_gini='    Gini of their norms',
     W_L_mult_key='    above mean + 2 sd',
     sharp='neurons with more than 85 % at one frequency',
-    sharp_mult='  by discrete logarithms')
+    sharp_mult='  by discrete logarithms',
+    low_share='logits, share in low frequencies: "=", heads, MLP',
+    outliers='  frequencies that stand out')
 
 
 def table(numbers):
@@ -583,6 +700,11 @@ def table(numbers):
         if k in numbers['final']:
             now, then = show(numbers['final'][k]), show(numbers['initial'][k])
             lines += [f'{label:52s} {now:>24s} {then:>24s}'] if max(len(now), len(then)) <= 24 else [f'{label:52s} {now}', f'{"    at initialisation":52s} {then}']
+    if 'filters' in numbers['final']:
+        n = numbers['final']
+        lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]:.0f} and {n["left_without_high"]:.0f} of {o["d_model"]} dimensions):',
+                  f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in ERRORS)]
+        lines += [f'{name:20s}' + ''.join(f'{v:21.4f}' for v in row) for name, row in n['filters'].items()]
     order = sorted((g for g in numbers['grokking'] if g['first'] is not None), key=lambda g: g['first'])
     if len(order) > 1:
         lines += ['', 'order of 99 % validation accuracy: ' + ', '.join(g['name'] for g in order)]
@@ -883,11 +1005,17 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     parser.add_argument('runs', nargs='*', metavar='RUN', help='a run folder written by train.py')
+    parser.add_argument('--embedding', metavar='FILE', help='look at any matrix with a row per number instead, .npy or .pt: periods, singular values')
     parser.add_argument('--ship', metavar='FOLDER', help='also write a small copy of the one run there, for analyze.py and plots.py')
     parser.add_argument('--collect', action='store_true', help=f'also put what the runs came to into assets/{RESULTS.name}')
     parser.add_argument('--note', default='', help='with --collect: what else was changed, if the code was')
     parser.add_argument('--report', action='store_true', help="print the README's tables from there")
     args = parser.parse_args(argv)
+    if args.embedding:
+        if args.runs or args.collect or args.report or args.ship:
+            raise Refusal('--embedding goes alone')
+        print(matrix_table(args.embedding, analyse_matrix(args.embedding)[0]))
+        return
     if not args.runs and (args.collect or not args.report):
         raise Refusal('name a run folder' + ', or --report' * (not args.collect))
     if args.ship and (len(args.runs) != 1 or Path(args.ship).exists()):

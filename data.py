@@ -13,9 +13,10 @@ import sys
 import zipfile
 from typing import NamedTuple
 
+import numpy
 import torch
 
-TASKS = ('miiii', 'nanda', 'basis', 'masked')
+TASKS = ('miiii', 'nanda', 'basis', 'masked', 'add')
 FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means a mixture of all, as a value of task in --sweep_space a run of each
     'elementary': 'a+b,a-b,a*b',
     'linear': '2*a+b,2*a-b,2*a+3*b,2*a-3*b',
@@ -34,7 +35,7 @@ class Data(NamedTuple):
     names: list            # Q strings
     classes: list          # Q ints: how many classes each task has
     in_loss: torch.Tensor  # (Q,) bool: False where a task is measured but not trained
-    stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 for sums and formulas
+    stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 for sums and formulas; 0 for add, which has none
     n_ops: int             # O
 
     def part(self, rows):
@@ -54,16 +55,20 @@ def make(task, p, seed=0, device='cpu'):
     nanda   (x0 + x1) mod p                                            (Nanda et al. 2023; eq. 1 of the former)
     basis   miiii with the rows of y shuffled by `seed`: no structure  (section Tasks)
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}              (section Tasks)
+    add     x0 + x1, no modulus, any p                                 (Zhou et al. 2024)
     a formula in a = x0 and b = x1, or several between commas, mod p   (Furuta et al. 2024); a name in FAMILIES stands for its formulas
 
-    Raises ValueError for a task that is none of these, two formulas that are the same, and a p that is not a prime >= 5.
+    Raises ValueError for a task that is none of these, two formulas that are the same, and a p that is not a prime >= 5
+    (for add: not a number >= 5).
     """
-    if p < 5 or p not in primes_below(p + 1):
-        raise ValueError(f'p must be a prime >= 5, and {p} is not')
+    if p < 5 or task != 'add' and p not in primes_below(p + 1):
+        raise ValueError(f'p must be a {"number" if task == "add" else "prime"} >= 5, and {p} is not')
     n = torch.arange(p * p)
     x0, x1, names, classes, stride = n % p, n // p, [f'(x0 + x1) mod {p}'], [p], 1
     if task == 'nanda':
         y = ((x0 + x1) % p)[:, None]
+    elif task == 'add':
+        names, classes, stride, y = ['x0 + x1'], [2 * p - 1], 0, (x0 + x1)[:, None]
     elif task in TASKS:
         classes, stride = primes_below(p), p
         names, y = [f'n mod {q}' for q in classes], n[:, None] % torch.tensor(classes)
@@ -165,6 +170,35 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
         raise ValueError(f'train_frac {train_frac} of {n_rows} rows leaves a part of the split empty')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
+
+
+def fourier_features(rows, periods, width, seed=0, phases=True):
+    """A stand-in for the number tokens of a pre-trained model (rows, width): a cosine and a sine of each period in the row number, each in
+    a random direction; rms 1 per entry. Without phases, every row has each wave at a random phase of its own: nothing left to add."""
+    g = torch.Generator().manual_seed(seed)
+    turn = torch.arange(rows)[:, None] / torch.tensor(periods, dtype=torch.float64)  # rows, periods
+    turn = turn if phases else torch.rand(turn.shape, generator=g, dtype=torch.float64)
+    waves = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1)
+    W = waves @ torch.randn(waves.shape[1], width, generator=g, dtype=torch.float64)
+    return (W / W.square().mean().sqrt()).float()
+
+
+def matrix(path):
+    """The numbers in a .npy or .pt file as a float32 tensor (rows, columns); nothing in it is executed. Raises Refusal if it is not there or
+    is anything but one matrix of finite numbers."""
+    try:
+        if path.suffix == '.npy':
+            m = torch.from_numpy(numpy.load(path, allow_pickle=False))
+        else:
+            m = torch.load(path, map_location='cpu', weights_only=True)
+        m = m.detach().float()
+    except Exception as e:  # numpy and torch raise a dozen types here
+        raise Refusal(f'{path} is not there' if not path.exists() else f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
+    if m.dim() != 2 or not m.numel():
+        raise Refusal(f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
+    if not m.isfinite().all():
+        raise Refusal(f'{path} has numbers that are not finite')
+    return m
 
 
 # ---------------------------------------------------------------------------------------------------- files and faults

@@ -53,7 +53,7 @@ class Options:
     """The defaults are the paper's run (Syrkis & Sogaard 2024, Table 2); PRESETS below says what else is meant by a name."""
     task: str = opt('miiii', f'what to learn: {", ".join(data.TASKS)}, or formulas in a and b between commas, as "a^2+b,a*(b-1)" (--task=-a+b if it begins with a minus); '
                     'a name for several: ' + ', '.join(data.FAMILIES))
-    p: int = opt(113, 'prime base; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
+    p: int = opt(113, 'prime base, for add any number; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
     train_frac: float = opt(0.3, 'share of the inputs to train on', lo=0, hi=1)
     seed: int = opt(0, 'seed of initial weights and dropout', lo=0, hi=2**32 - 1)
     data_seed: int = opt(0, 'seed of the split (and of the shuffle in basis)', lo=0, hi=2**32 - 1)
@@ -69,7 +69,7 @@ class Options:
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
-    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from')
+    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from; or a .npy or .pt file with a row per digit for W_E')
     copy: str = opt('all', 'what to copy: embed = W_E, block = attention and MLP', choices=('embed', 'block', 'all'))
     freeze: bool = opt(False, 'hold what was copied fixed')
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
@@ -99,24 +99,30 @@ class Options:
             raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
         if not self.init_from and (self.freeze or self.copy != 'all'):
             raise Refusal('--copy and --freeze go with --init_from')
-        if self.freeze and self.copy == 'all':
+        if self.init_from.endswith(('.npy', '.pt')) and self.copy == 'block':
+            raise Refusal('--init_from with a file is for W_E: --copy embed')
+        if self.freeze and self.copied() is None:
             raise Refusal('--freeze with --copy all leaves nothing to train')
+
+    def copied(self):
+        """Names of the matrices to copy, None for all."""
+        return COPIED.get('embed' if self.init_from.endswith(('.npy', '.pt')) else self.copy)
 
 
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
 NANDA = dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
 FAST_NANDA = dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)
 PRESETS = {
-    'paper': {'miiii': {}, 'nanda': NANDA, 'formula': dict(NANDA, p=97)},
+    'paper': {'miiii': {}, 'nanda': NANDA, 'formula': dict(NANDA, p=97), 'add': dict(NANDA, p=261)},
     'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
-             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97)},
+             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97), 'add': dict(FAST_NANDA, p=261)},
 }
 COPIED = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
 
 
 def recipe(preset, task):
     """What a preset changes in the options: basis and masked take the settings of miiii, all formulas have one."""
-    return PRESETS[preset]['nanda' if task == 'nanda' else 'miiii' if task in data.TASKS else 'formula']
+    return PRESETS[preset][task if task in ('nanda', 'add') else 'miiii' if task in data.TASKS else 'formula']
 
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
@@ -182,8 +188,16 @@ def network(o, d):
 
 def weights_to_copy(o, model):
     """The matrices that --init_from and --copy ask for, by name. Raises Refusal if the run there has none that fit the model."""
+    if o.init_from.endswith(('.npy', '.pt')):
+        rows = data.matrix(Path(o.init_from))
+        if len(rows) != o.p:
+            raise Refusal(f'--init_from {o.init_from}: {len(rows)} rows, one for each of {o.p} digits are needed')
+        if rows.shape[1] != o.d_model:  # to the model's width by fixed random directions, which keep lengths and angles, roughly
+            print(f'note: {o.init_from} has {rows.shape[1]} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
+            rows = rows @ torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0)) / o.d_model ** 0.5
+        return dict(W_E=torch.cat([rows, model.W_E.detach()[o.p:].cpu()]))
     source, out = load(Path(o.init_from, 'ckpt.pt'), ('model', 'config')), {}
-    for name in COPIED.get(o.copy, dict(model.named_parameters())):
+    for name in o.copied() or dict(model.named_parameters()):
         try:
             p, w, shape = source['config']['p'], source['model'][name], model.get_parameter(name).shape
             if p != o.p or w.shape != shape:
@@ -233,7 +247,7 @@ class Run:
                 for name, w in weights_to_copy(o, self.model).items():
                     self.model.get_parameter(name).copy_(w)
         if o.freeze:
-            for name in COPIED[o.copy]:
+            for name in o.copied():
                 self.model.get_parameter(name).requires_grad_(False)
         named = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.names, self.weights = list(named), list(named.values())  # what is trained
@@ -253,7 +267,7 @@ class Run:
         widths = dict.fromkeys(per_task, len(d.classes)) | dict(grad_norm=len(named))
         self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
         self.spectra, self.solver, self.snapshots = {}, None, {}
-        if o.spectra_every:
+        if o.spectra_every and d.stride:
             B, n = len(analyze.wave_freqs(d.classes)), -(-o.epochs // o.spectra_every)
             if analyze.wave_memory(o.p, d.classes) > analyze.MAX_MEMORY:
                 raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
@@ -362,7 +376,7 @@ class Run:
         """The content of metrics.npz: everything recorded so far, by name."""
         out = dict(epoch=np.arange(self.epoch), tasks=np.array(self.data.names), grad_norm_names=np.array(self.names))
         out |= {k: v[:self.epoch].cpu().numpy() for k, v in self.metrics.items()}
-        if self.o.spectra_every:
+        if self.spectra:
             epochs = np.arange(0, self.epoch, self.o.spectra_every)
             out |= dict(spectra_epoch=epochs, freqs=analyze.wave_freqs(self.data.classes).numpy())
             out |= {k: v[:len(epochs)].cpu().numpy() for k, v in self.spectra.items()}
@@ -436,7 +450,7 @@ def train(run):
             first, chunk_began = run.epoch, time.perf_counter()
             while run.epoch < min(first + chunk, o.epochs) and not signals:
                 run.snapshot()
-                if o.spectra_every and run.epoch % o.spectra_every == 0:
+                if run.spectra and run.epoch % o.spectra_every == 0:
                     record_spectra()
                 step()
                 run.epoch += 1
@@ -509,6 +523,9 @@ def finish(run):
         for j, part in enumerate(('train', 'valid', 'test')):
             task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
         tasks.append(task)
+    if not d.stride:  # sums: how far off
+        with torch.no_grad(), run.autocast():
+            tasks[0] |= {f'{part}_errors': analyze.plain(analyze.errors(run.model(x), y[:, 0])) for part, (x, y) in zip(('train', 'valid', 'test'), run.parts)}
     objective = dict(zip(('train', 'valid', 'test'), (final[:, 0] @ run.task_weight.cpu()).tolist()))  # mean of CE_q / ln q
     summary = dict(tasks=tasks, objective=objective, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
                    epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=VERSIONS, config=dataclasses.asdict(o))
@@ -520,6 +537,9 @@ def finish(run):
         print(f'{t["name"]:18s} {t["train_acc"]:9.4f} {t["valid_acc"]:9.4f} {t["test_acc"]:9.4f} {grok[0]:>24s} {grok[1]:>9s}')
     mean = final[:, 1].mean(1)
     print(f'{"mean":18s} {mean[0]:9.4f} {mean[1]:9.4f} {mean[2]:9.4f} {(final[1, 1] == 1).sum():>13} of {len(tasks)} at 1.0')
+    for part in ('valid', 'test'):
+        if f'{part}_errors' in tasks[0]:
+            print(f'{part}: ' + ', '.join(f'{name} {v:.4f}' for name, v in zip(analyze.ERRORS, tasks[0][f'{part}_errors'])))
     print(f'{run.epoch:,} epochs in {hms(run.wall_s)} on {summary["device"]}; all of it is in {o.out}')
 
 
@@ -584,7 +604,7 @@ def bench(run, o):
     r = dict(ready_s=time.perf_counter() - STARTED, epoch_ms=ms(epoch, o.bench))
     r['validation_ms'] = ms(run.captured(torch.no_grad()(lambda: run.forward(*run.parts[1]))), 9)
     r['training_ms'] = r['epoch_ms'] - r['validation_ms']  # with update and records
-    r['spectra_ms'] = ms(run.captured(run.record_spectra), 1) if o.spectra_every else None
+    r['spectra_ms'] = ms(run.captured(run.record_spectra), 1) if run.spectra else None
     run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
     r['general_form_ms'] = ms(run.captured(run.step), min(9, o.bench))
 
@@ -598,7 +618,7 @@ def bench(run, o):
     print(f'training: {r["training_gflop"]:.4g} GFLOP at {100 * r["share"]:.2g} % of the {r["product_gflops"]:.4g} GFLOP/s of a matrix product '
           f'(by torch\'s default in float32: {r["default_float32_gflops"]:.4g} GFLOP/s)')
     print(f'general form of the model: {r["general_form_ms"]:.4g} ms per epoch, {r["general_form_ms"] / r["epoch_ms"]:.2f} times as long')
-    if o.spectra_every:
+    if run.spectra:
         print(f'spectra of all neurons: {r["spectra_ms"]:.4g} ms each time')
     print(json.dumps(r | dict(device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))))
 
@@ -617,7 +637,7 @@ def one_run(given):
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
     if o.bench:
         return bench(run, o)
-    how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {o.copy} frozen' if o.freeze else '')
+    how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {" ".join(o.copied())} frozen' if o.freeze else '')
     if o.resume:
         print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {how}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
     else:
