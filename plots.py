@@ -132,6 +132,21 @@ def targets(p=11):
     return fig
 
 
+def matrix(path):
+    """Any matrix with a row per number: its spectrum over the rows, beside that of its shuffled rows."""
+    n, a = analyze.analyse_matrix(path)
+    spectrum, k = a['spectrum'], np.arange(1, len(a['spectrum']) + 1)
+    fig, ax = plt.subplots(figsize=(7.5, 2.6))
+    ax.fill_between(k, a['null'].amin(0), a['null'].amax(0), color='#DDDDDD', label=f'{len(a["null"])} shuffles of the rows')
+    ax.plot(k, spectrum, c=BLUE, label='in their order')
+    for peak, period in zip(a['peaks'], n['periods']):
+        ax.annotate(f'{period:.3g}', (peak, spectrum[peak - 1]), ha='center', va='bottom', fontsize=7)
+    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.15 * spectrum.max()))
+    ax.legend(loc='upper center')
+    fig.suptitle(f'{Path(path).name}: {n["rows"]} rows, {n["columns"]} columns')
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------- figures of one run
 
 def accuracy(run):
@@ -322,6 +337,39 @@ def pattern(run):
     return fig
 
 
+def components(run):
+    """What each part of the network writes into the logits, by frequency over the classes."""
+    spectra, n, C = run.arrays['class_spectra'], run.final, run.classes[0]
+    names = ['"="', *(f'head {h}' for h in range(len(spectra) - 2)), 'MLP']
+    fig, axes = plt.subplots(len(spectra), 1, figsize=(7.5, 0.4 + 1.05 * len(spectra)), sharex=True)
+    for ax, spectrum, name, peaks, low in zip(axes, spectra, names, n['outliers'], n['low_share']):
+        k = np.arange(1, len(spectrum) + 1)
+        ax.bar(k, spectrum, 1, color=np.where(k <= n['tau'], BLUE, ORANGE))
+        for peak in peaks:
+            ax.annotate(f'{C / peak:.3g}', (peak, spectrum[peak - 1]), ha='center', va='bottom', fontsize=6)
+        ax.set(ylabel=name, ylim=(0, 1.25 * spectrum.max()))
+        ax.text(0.5, 0.8, f'{low:.0%} of its power is low (k <= {n["tau"]})', transform=ax.transAxes, ha='center', fontsize=7)
+    axes[-1].set_xlabel(f'frequency k over the {C} classes; where it stands out, its period C/k')
+    fig.suptitle(f'{run.name}: amplitude in the logits of each part, mean over the test set')
+    return fig
+
+
+def filters(run):
+    """What is left of the network without low or high frequencies in what its MLP or attention write."""
+    rows, n = run.final['filters'], run.final
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), sharey=True)
+    y = np.arange(len(rows))
+    for ax, columns, title in ((left, (0, 1, 2), 'share of the test set'), (right, (3, 4), 'share of the errors')):
+        for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
+            ax.barh(y + 0.27 * (i - 1), [row[column] for row in rows.values()], 0.25, color=colour, label=analyze.ERRORS[column])
+        ax.set(xlim=(0, 1), title=title)
+        ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.42), ncols=3)
+    left.set_yticks(y, rows)
+    left.invert_yaxis()
+    fig.suptitle(f'{run.name}: logits without low (k <= {n["tau"]}) or high frequencies in what a part writes')
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------- comparisons, a row per run
 
 def positional(runs):
@@ -423,12 +471,12 @@ DATA = [polar, inputs, targets]
 SINGLE = {  # with what a run must have for it
     accuracy: 'metrics.npz', loss: 'metrics.npz', gradients: 'metrics.npz', singular_vectors: '', neuron: 'neurons', waves: 'neurons', clusters: 'neurons',
     variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum',
-    bases: 'targets mod p', pattern: 'targets mod p'}
+    bases: 'targets mod p', pattern: 'targets mod p', components: 'one set of classes', filters: 'one set of classes'}
 COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: '', density: 'snapshots of targets mod p'}
 KEYS = {  # the array that shows it
     '': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest',
     'spectra or snapshots of neurons': 'omega_epoch', 'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch',
-    'snapshots': 'snapshot_W_E_norms', 'targets mod p': 'pattern', 'snapshots of targets mod p': 'snapshot_W_E_FFD'}
+    'snapshots': 'snapshot_W_E_norms', 'one set of classes': 'class_spectra', 'targets mod p': 'pattern', 'snapshots of targets mod p': 'snapshot_W_E_FFD'}
 ANIMATED = dict(waves='recorded spectra', embedding='snapshots')
 
 
@@ -453,10 +501,11 @@ def main(argv):
     parser.error = refuse
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
     parser.add_argument('--data', action='store_true', help='the figures that need no run: ' + ', '.join(f.__name__ for f in DATA))
+    parser.add_argument('--embedding', metavar='FILE', help='the spectrum of any matrix with a row per number, .npy or .pt, in out/figures')
     parser.add_argument('--only', metavar='NAME', choices=by_name, help='one figure: ' + ', '.join(by_name))
     parser.add_argument('--animate', choices=ANIMATED, help='also a GIF through training')
     args = parser.parse_args(argv)
-    if not args.runs and (args.animate or not args.data):
+    if not args.runs and (args.animate or not (args.data or args.embedding)):
         raise Refusal('name a run folder, or --data for the figures that need none')
     if args.only and not (args.data if by_name[args.only] in DATA else args.runs):
         raise Refusal(f'{args.only} needs ' + ('--data' if by_name[args.only] in DATA else 'a run folder'))
@@ -467,6 +516,7 @@ def main(argv):
     jobs += [(f.__name__, lambda run, f=f: f(run[0]), [run], needs, run.path) for run in runs for f, needs in SINGLE.items()]
     jobs += [(f.__name__, f, runs, needs, runs[0].path) for f, needs in COMPARED.items() if runs]
     jobs = [job for job in jobs if args.only in (None, job[0])]
+    jobs += [(Path(args.embedding).stem, lambda: matrix(args.embedding), [], '', Path('out'))] if args.embedding else []
     jobs += [(args.animate, None, [run], ANIMATED[args.animate], run.path) for run in runs if args.animate]
     drawn = 0
     with plt.rc_context(STYLE):
