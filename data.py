@@ -174,13 +174,13 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
 
 def fourier_features(rows, periods, width, seed=0, phases=True):
     """A stand-in for the number tokens of a pre-trained model (rows, width): a cosine and a sine of each period in the row number, each in
-    a random direction; rms 1 per entry. Without phases, every row has each wave at a random phase of its own: nothing left to add."""
+    a random direction; rms 0.1 per entry. Without phases, every row has each wave at a random phase of its own: nothing left to add."""
     g = torch.Generator().manual_seed(seed)
     turn = torch.arange(rows)[:, None] / torch.tensor(periods, dtype=torch.float64)  # rows, periods
     turn = turn if phases else torch.rand(turn.shape, generator=g, dtype=torch.float64)
     waves = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1)
     W = waves @ torch.randn(waves.shape[1], width, generator=g, dtype=torch.float64)
-    return (W / W.square().mean().sqrt()).float()
+    return (0.1 * W / W.square().mean().sqrt()).float()
 
 
 def matrix(path):

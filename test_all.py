@@ -165,6 +165,15 @@ def test_a_mixture_by_brute_force():
     assert data.make('elementary', p).names == ['a+b', 'a-b', 'a*b'] and all(data.make(f, 11) for f in data.FAMILIES)
 
 
+@pytest.mark.parametrize('p', [5, 12])
+def test_sums_by_brute_force(p):
+    d = data.make('add', p)
+    assert d.classes == [2 * p - 1] and d.names == ['x0 + x1'] and d.n_ops == 1
+    assert [(*x, *y) for x, y in zip(d.x.tolist(), d.y.tolist())] == [(x0, x1, p, x0 + x1) for x1 in range(p) for x0 in range(p)]
+    with pytest.raises(ValueError, match='number >= 5'):
+        data.make('add', 4)
+
+
 # ------------------------------------------------------------------------------------------------ model
 
 def plain_forward(W, x, drop):
@@ -669,6 +678,109 @@ def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
     assert numbers['sharp_mult'].tolist() == [4, 2] and numbers['sharp'].tolist() == [0, 2]  # columns of two operations
 
 
+@pytest.mark.parametrize('task', ['add', 'a*b,a+b'])
+def test_components_sum_to_the_logits(task):
+    d, net = data.make(task, 7), Transformer(7, 16, 4, 13 if task == 'add' else 7, 1 if task == 'add' else 2)
+    x, _ = d.part(torch.arange(5, 40))
+    with torch.no_grad():
+        parts = analyze.components(net, x)
+        assert parts.shape == (6, len(x), 16) and torch.allclose(parts.sum(0) @ net.W_U, net(x), atol=1e-4)
+        assert torch.allclose(parts[0], (net.W_E[x[:, 2]] + net.W_pos[2]))
+        only = Transformer(7, 16, 4, 13 if task == 'add' else 7, 1 if task == 'add' else 2)
+        only.load_state_dict(net.state_dict())
+        only.W_out.zero_()
+        only.W_O[[0, 1, 3]] = 0                                                       # head 2 alone
+        assert torch.allclose(only(x), (parts[0] + parts[3]) @ net.W_U, atol=1e-4)
+
+
+def test_a_filter_takes_out_what_it_should_and_nothing_else():
+    g, C = torch.Generator().manual_seed(0), 21
+    W_U, k, z = torch.randn(32, C, generator=g, dtype=torch.float64), torch.tensor([1, 4, 10]), torch.randn(50, 32, generator=g, dtype=torch.float64)
+    P = analyze.without(W_U, k)
+    before, after = (torch.fft.rfft(logits, dim=1) for logits in (z @ W_U, z @ P @ W_U))
+    assert after[:, k].abs().max() < 1e-10 < before[:, k].abs().min() and torch.allclose(P @ P, P) and torch.isclose(P.trace(), torch.tensor(32 - 6.0).double())
+    removed = torch.linalg.lstsq(analyze.cos_sin(W_U.T)[:, k - 1].flatten(0, 1).T, (z - z @ P).T).residuals  # it lies in the directions that make them: the nearest
+    assert removed.numel() == 0 or removed.max() < 1e-20
+    n = torch.arange(C)
+    waves = [torch.ones(C)] + [f(2 * torch.pi * j * n / C) for j in range(1, 11) for f in (torch.cos, torch.sin)]
+    W_U = torch.linalg.qr(torch.randn(32, C, generator=g)).Q @ torch.stack(waves)      # each frequency by directions of its own
+    z, P = z.float(), analyze.without(W_U, k)
+    before, after = (torch.fft.rfft(logits, dim=1) for logits in (z @ W_U, z @ P @ W_U))
+    others = [j for j in range(11) if j not in k.tolist()]                             # the constant is among them
+    assert torch.allclose(after[:, others], before[:, others], atol=1e-4) and after[:, k].abs().max() < 1e-4 and torch.allclose(P @ P, P, atol=1e-5)
+
+
+def test_errors_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    logits, y = torch.randint(0, 6, (300, 39), generator=g).float(), torch.randint(0, 39, (300,), generator=g)
+    logits[:200].scatter_(1, y[:200, None], 7)
+    for modulus in (None, 39):
+        off = []
+        for z, t in zip(logits.tolist(), y.tolist()):
+            best = max(v for c, v in enumerate(z) if c != t)
+            d = 0 if z[t] > best else abs(next(c for c, v in enumerate(z) if v == best and c != t) - t)
+            off.append(min(d, modulus - d) if modulus else d)
+        wrong = [d for d in off if d]
+        expected = [sum(d <= most for d in off) / 300 for most in (0, 2, 10)] + [sum(d % 10 == 0 for d in wrong) / len(wrong), sum(d == 1 for d in wrong) / len(wrong)]
+        assert analyze.plain(analyze.errors(logits, y, modulus)) == pytest.approx(expected) and wrong
+    assert analyze.plain(analyze.errors(torch.eye(4), torch.arange(4))) == [1, 1, 1, 0, 0]
+
+
+def summing_network(p):
+    """A network that adds by hand, with logits -0.01 (s - c)^2 + (-1)^(s - c) of class c: a low part for the magnitude of s = x0 + x1, a
+    high part for its parity. Attention brings the sum to one dimension, neurons bend at every whole number, W_U has the waves."""
+    C, D = 2 * p - 1, 2 * p + 2
+    net, n = Transformer(p, D, 1, C), torch.arange(C).double()
+    waves = analyze.fourier(torch.eye(C, dtype=torch.float64))                       # orthonormal rows over the classes
+    off = n[:, None] - n
+    features = (-0.01 * off.square() + 1 - 2 * (off % 2)) @ waves.T                  # s, what each wave needs
+    bends = features.diff(dim=0, prepend=0 * features[:1]).diff(dim=0, prepend=0 * features[:1])  # f(s) = sum_t bends[t] relu(s - t + 1)
+    with torch.no_grad():
+        for w in net.parameters():
+            w.zero_()
+        net.W_E[:p, 0], net.W_pos[2, 1] = torch.arange(p).float(), 1.0
+        net.W_V[0], net.W_O[0] = torch.eye(D), torch.eye(D)                          # W_Q = W_K = 0: the mean over three tokens, s / 3 and 1 / 3
+        net.W_in[0, :C], net.W_in[1, :C] = 3.0, (1 - n).float() * 3 / 4
+        net.W_out[:C, 2:2 + C], net.W_U[2:2 + C] = bends.float(), waves.float()
+    return net
+
+
+def test_a_hand_built_adder_loses_its_magnitude_or_its_parity():
+    p = 20
+    d, net = data.make('add', p), summing_network(p)
+    numbers, arrays = analyze.output(net, d, torch.arange(p * p), tau=6)
+    f = numbers['filters']
+    assert f['nothing'][0] == f['low from attention'][0] == f['high from attention'][0] == 1 and numbers['left_without_low'].item() == pytest.approx(2 * p + 2 - 12, abs=1e-3)
+    assert f['low from MLP'] == f['low from both'] and f['low from MLP'][2] < 0.5 and f['low from MLP'][4] < 0.02   # anywhere, not at a neighbour
+    assert f['high from MLP'][2] == 1 and f['high from MLP'][0] < 0.3 and f['high from MLP'][4] > 0.3               # near, and of any parity
+    with torch.no_grad():
+        low, high = (analyze.components(net, d.x)[2] @ analyze.without(net.W_U, k) @ net.W_U for k in (torch.arange(1, 7), torch.arange(7, 20)))
+    same = [((z.argmax(1) - d.y[:, 0]) % 2 == 0).float().mean() for z in (low, high)]
+    assert same[0] > 0.95 and same[1] < 0.8                                          # the parity survives the one filter, not the other
+    assert numbers['outliers'][2].tolist() == [1, 19] and arrays['class_spectra'][:2].abs().max() < 1e-3               # period 39 / 19 is the parity
+    sums, c = d.x[:, 0] + d.x[:, 1], torch.arange(39)
+    with torch.no_grad():
+        assert torch.allclose(net(d.x), (-0.01 * (sums[:, None] - c) ** 2 + 1 - 2 * ((sums[:, None] - c) % 2)), atol=1e-2)
+
+
+def test_prominences_against_known_values():
+    assert analyze.prominences(torch.tensor([1.0, 3, 2, 5, 0, 4, 3.5, 3.8, 1])).tolist() == pytest.approx([0, 1, 0, 4, 0, 3, 0, 0.3, 0], abs=1e-6)
+    assert analyze.prominences(torch.tensor([4.0, 1, 2])).tolist() == [3, 0, 1] and analyze.prominences(torch.ones(4)).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize('rows, found', [(100, [10, 5, 2]), (261, [261 / 26, 261 / 52, 261 / 130])])  # the nearest frequencies
+def test_planted_periods_are_found_and_shuffled_ones_not(tmp_path, capsys, rows, found):
+    W = data.fourier_features(rows, [2, 5, 10], 64) + 0.05 * torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
+    assert W.square().mean().sqrt().item() == pytest.approx(0.1, abs=0.02)
+    np.save(tmp_path / 'w.npy', W)
+    numbers, arrays = analyze.analyse_matrix(tmp_path / 'w.npy')
+    assert numbers['periods'] == pytest.approx(found) and not any(numbers['shuffled']) and numbers['n90'] <= 64
+    assert np.allclose(arrays['singular_values'], np.linalg.svd(W.numpy())[1], atol=1e-4)
+    torch.save(data.fourier_features(rows, [2, 5, 10], 64, phases=False), tmp_path / 'w.pt')
+    analyze.main(['--embedding', str(tmp_path / 'w.pt')])
+    assert 'stand out of the spectrum over the rows: none' in capsys.readouterr().out
+
+
 def test_statistics_against_known_values():
     assert analyze.gini(torch.ones(10)) == 0 and torch.isclose(analyze.gini(torch.tensor([0.0] * 9 + [5])), torch.tensor(0.9))
     x = torch.rand(40, generator=torch.Generator().manual_seed(0))
@@ -769,7 +881,7 @@ def test_a_hand_built_adder_is_taken_apart(tmp_path):
 def folders(tmp_path_factory):
     """Small runs of both kinds, analysed by the command: name -> (folder, what the command printed)."""
     out = {}
-    for name, task in dict(miiii='miiii', nanda='nanda', again='miiii', formulas='a*b,a+b').items():
+    for name, task in dict(miiii='miiii', nanda='nanda', again='miiii', formulas='a*b,a+b', sums='add').items():
         folder = tmp_path_factory.mktemp(name)
         args = [*TINY, '--task', task, '--epochs', 30, '--spectra_every', 10, '--out', folder]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -813,6 +925,13 @@ def test_analysis_of_a_run(folders):
     assert (folder / 'analysis.json').read_text() == (folders['again'][0] / 'analysis.json').read_text().replace(str(folders['again'][0]), str(folder))
 
 
+def test_analysis_of_sums(folders):
+    folder, printed = folders['sums']
+    n, s = json.loads((folder / 'analysis.json').read_text()), json.loads((folder / 'summary.json').read_text())
+    assert n['final']['filters']['nothing'] == pytest.approx(s['tasks'][0]['test_errors'], abs=1e-6) and s['tasks'][0]['test_errors'][0] == pytest.approx(s['tasks'][0]['test_acc'])
+    assert 'low from MLP' in printed and 'within 10' in printed and n['final']['tau'] == 2 and len(n['final']['low_share']) == 4
+
+
 def test_grokking_epochs_from_records_and_snapshots():
     """Three tasks: fitted first with dropout, fitted first at a snapshot without, never."""
     class run:
@@ -828,15 +947,17 @@ def test_grokking_epochs_from_records_and_snapshots():
 
 def test_every_figure(folders, tmp_path):
     nanda, formulas, miiii = (shutil.copytree(folders[k][0], tmp_path / k) for k in ('nanda', 'formulas', 'miiii'))
-    done = cli(nanda, formulas, miiii, '--data', '--animate', 'waves', script='plots.py', cwd=tmp_path)
+    np.save(tmp_path / 'numbers.npy', data.fourier_features(50, [2, 5], 8))
+    done = cli(nanda, formulas, miiii, '--data', '--embedding', 'numbers.npy', '--animate', 'waves', script='plots.py', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = {tmp_path / 'out': plots.DATA, nanda: [*plots.SINGLE, *plots.COMPARED], formulas: plots.SINGLE, miiii: plots.SINGLE}
-    lacking = {nanda: ['density'], formulas: ['mechanism'], miiii: ['mechanism', 'bases', 'pattern']}  # a comparison is of all
+    lacking = {nanda: ['density'], formulas: ['mechanism'], miiii: ['mechanism', 'bases', 'pattern', 'components', 'filters']}  # a comparison is of all
     for folder, figures in expected.items():
         for f in figures:
             for kind in ('png', 'svg'):
                 file = folder / 'figures' / f'{f.__name__}.{kind}'
                 assert (f.__name__ in lacking.get(folder, ())) != file.exists(), file
+    assert (tmp_path / 'out' / 'figures' / 'numbers.png').exists()
     assert f'mechanism not drawn: {miiii} without logits of a single' in done.stdout and f'density not drawn: {miiii} without' in done.stdout
     assert all((x / 'figures' / 'waves.gif').read_bytes()[:3] == b'GIF' for x in (miiii, nanda))
     done = cli(nanda, '--only', 'omega', '--animate', 'embedding', script='plots.py')
@@ -876,6 +997,11 @@ def test_figures_show_the_numbers(folders):
             means = dict(validation=np.mean(run.final['valid_accuracies']), training=np.mean(run.final['train_accuracies']))
             name = label if label in ('W_E', 'W_L') else f'{label[-3:]}_null'
             assert np.isclose(y[-1], means[label] if measure == 'accuracy' else run.final[f'{name}_{measure}']), (measure, label)
+    sums = plots.Run(folders['sums'][0])
+    heights = np.array([b.get_height() for ax in plots.components(sums).axes for b in ax.patches])
+    assert np.allclose(heights, sums.arrays['class_spectra'].flatten()) and len(heights) == 4 * 10
+    drawn = [b.get_width() for ax in plots.filters(sums).axes for b in ax.patches]
+    assert np.allclose(drawn, [row[i] for i in range(5) for row in sums.final['filters'].values()])
     shown = plots.pattern(formulas)
     folder = analyze.Folder(formulas.path)
     folder.use(folder.final, '')
@@ -1234,6 +1360,44 @@ def test_a_copied_start_is_the_null_of_its_analysis(source, tmp_path):
     (['--init_from', '', '--copy', 'embed'], '--init_from'), (['--copy', 'W_E'], 'W_E')])
 def test_no_weights_that_do_not_fit(source, tmp_path, args, says):
     assert says in refused_here(*TINY, '--task', 'a*b', '--init_from', str(source), '--out', str(tmp_path / 'a'), *map(str, args)) and not list(tmp_path.iterdir())
+
+
+def test_an_embedding_from_a_file(tmp_path, capsys):
+    W = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / 'w.npy', W.double())
+    torch.save(W, tmp_path / 'w.pt')
+    ends = []
+    for file, width in (('w.npy', 20), ('w.pt', 20), ('w.npy', 16)):
+        out = tmp_path / f'{file}{width}'
+        assert not train.main([*f'--task add --p 12 --d_model {width} --n_heads 2 --epochs 9 --device cpu --freeze --precision float32'.split(), '--init_from', str(tmp_path / file), '--out', str(out)])
+        ends.append(data.load(out / 'ckpt.pt')['model']['W_E'])
+        said = capsys.readouterr().out
+        assert ('random projection' in said) == (width == 16) and 'W_E frozen' in said
+    assert torch.equal(ends[0][:12], W) and torch.equal(ends[1][:12], W)
+    lengths = ends[2][:12].norm(dim=1) / W.norm(dim=1)
+    assert ends[2].shape == (13, 16) and 0.6 < lengths.min() and lengths.max() < 1.5    # lengths stay, roughly
+    again = make_run('--task', 'add', '--p', 12, '--d_model', 16, '--init_from', tmp_path / 'w.npy')
+    assert torch.equal(again.model.W_E[:12], ends[2][:12]) and again.model.W_E.requires_grad
+
+
+def test_bad_embedding_files(tmp_path):
+    def says(name, content=None, **kw):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content is not None:
+            (np.save if name.endswith('npy') else torch.save)(*(tmp_path / name, content)[::1 if name.endswith('npy') else -1])
+        line = refused_here(*'--task add --p 12 --d_model 16 --n_heads 2 --epochs 3 --device cpu'.split(), '--init_from', str(tmp_path / name), '--out', str(tmp_path / 'run'), *kw.get('more', []))
+        if not kw:
+            with pytest.raises(data.Refusal):
+                analyze.main(['--embedding', str(tmp_path / name)])
+        return line
+    good, bomb = np.ones((12, 16)), Path('/tmp/bomb_went_off')
+    bomb.unlink(missing_ok=True)
+    assert 'not there' in says('none.npy') and 'loaded safely' in says('empty.npy', b'') and 'loaded safely' in says('empty.pt', b'') and 'loaded safely' in says('text.npy', b'1,2,3')
+    assert 'not finite' in says('nan.npy', good * np.nan) and '[12]' in says('row.npy', good[:, 0]) and 'loaded safely' in says('words.npy', np.array([['a']]))
+    assert 'loaded safely' in says('object.npy', np.array([Bomb()], dtype=object)) and 'loaded safely' in says('bomb.pt', Bomb()) and 'loaded safely' in says('dict.pt', dict(W=1))
+    assert '11 rows' in says('short.npy', good[:11], more=['--copy', 'embed']) and 'for W_E' in says('good.npy', good, more=['--copy', 'block'])
+    assert not bomb.exists() and not (tmp_path / 'run').exists()
 
 
 def test_damaged_source(source, tmp_path):
