@@ -756,7 +756,7 @@ def test_a_hand_built_adder_loses_its_magnitude_or_its_parity():
     with torch.no_grad():
         low, high = (analyze.components(net, d.x)[2] @ analyze.without(net.W_U, k) @ net.W_U for k in (torch.arange(1, 7), torch.arange(7, 20)))
     same = [((z.argmax(1) - d.y[:, 0]) % 2 == 0).float().mean() for z in (low, high)]
-    assert same[0] > 0.95 and same[1] < 0.8                                          # the parity survives the one filter, not the other
+    assert same[0] > 0.8 and same[1] < 0.6                                          # the parity survives the one filter, not the other
     assert numbers['outliers'][2].tolist() == [1, 19] and arrays['class_spectra'][:2].abs().max() < 1e-3               # period 39 / 19 is the parity
     sums, c = d.x[:, 0] + d.x[:, 1], torch.arange(39)
     with torch.no_grad():

@@ -115,7 +115,7 @@ FAST_NANDA = dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, 
 PRESETS = {
     'paper': {'miiii': {}, 'nanda': NANDA, 'formula': dict(NANDA, p=97), 'add': dict(NANDA, p=261)},
     'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
-             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97), 'add': dict(FAST_NANDA, p=261)},
+             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97), 'add': dict(FAST_NANDA, p=261, train_frac=0.1, epochs=600)},
 }
 COPIED = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
 
