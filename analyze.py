@@ -102,9 +102,11 @@ def prominences(x):
 
 
 def outliers(spectrum):
-    """The frequencies k = 1 .. n//2 that stand out of their surroundings in a spectrum (n//2,): prominence more than twelve times the usual
-    step from one frequency to the next (the median), and more than a twentieth of the largest value."""
-    return ((prominences(spectrum) > (12 * spectrum.diff().abs().median()).clamp(min=spectrum.max() / 20))).nonzero().flatten() + 1
+    """The frequencies k = 2 .. n//2 that stand out in a spectrum (n//2,): prominence more than 1.5 times the median of the
+    spectrum, and more than rounding. k = 1 is what any trend has."""
+    high = prominences(spectrum) > (1.5 * spectrum.median()).clamp(min=spectrum.max() / 100)
+    high[0] = False
+    return high.nonzero().flatten() + 1
 
 
 def wave_freqs(classes):
@@ -328,19 +330,20 @@ def components(net, x):
 
 
 def without(W_U, k):
-    """The projection (D, D) that takes the frequencies k over the classes out of whatever W_U (D, C) reads, and no more: the nearest vector
-    whose logits have none of them (Zhou et al. 2024, section 3.3). Its rank is what is left of D."""
+    """The projection (D, D) that takes the frequencies k over the classes out of whatever W_U (D, C) reads: the nearest vector whose logits
+    have none of them (Zhou et al. 2024). Its rank is what is left of D: nothing, if D is no more than the number of cosines and sines.
+    Other frequencies change too, unless W_U has orthogonal directions for each."""
     A = cos_sin(W_U.T)[:, k - 1].flatten(0, 1)                                       # 2n D
     _, S, V = torch.linalg.svd(A, full_matrices=False)
-    V = V[S > 1e-5 * S.max()]
+    V = V[S > 1e-5 * S.amax()] if len(k) else V
     return torch.eye(len(W_U), dtype=W_U.dtype) - V.T @ V
 
 
-ERRORS = ('accuracy', 'within 2', 'within 10', 'wrong by 10, 20, ...', 'wrong by 1')  # the last two as shares of what is wrong
+SCORES = ('accuracy', 'within 2', 'within 10', 'wrong by 10, 20, ...', 'wrong by 1')  # the last two as shares of what is wrong
 
 
 def errors(logits, y, modulus=None):
-    """The five numbers ERRORS of logits (n, C) against true answers y (n,), where a tie is wrong; modulo something the distance of an error
+    """The five numbers SCORES of logits (n, C) against true answers y (n,), where a tie is wrong; modulo something the distance of an error
     is the shorter way round."""
     right = logits.gather(1, y[:, None])[:, 0]
     best_wrong, guess = logits.scatter(1, y[:, None], -torch.inf).max(1)
@@ -355,24 +358,30 @@ def output(net, d, rows, tau=None):
     """How the parts of a network make its logits, on some pairs: the spectrum of each part over the C classes, which all tasks must share,
     and what the network can do without the low (k <= tau) or the high frequencies in what its MLP, its attention or both write into the
     residual stream (Zhou et al. 2024). What attention writes is filtered before the MLP reads it. tau is 50 of 260, as there, or as much of C//2.
+
+    Of each filter SCORES, and as a null the accuracy without as many random directions, the mean of three draws.
     """
     x, y = d.part(rows)
-    C, y = d.classes[0], y.flatten()
-    tau = tau or round(50 / 260 * (C // 2))
+    C, D, y, modulus = d.classes[0], len(net.W_U), y.flatten(), d.classes[0] if d.stride else None
+    tau = tau or max(1, round(50 / 260 * (C // 2)))
     parts = components(net, x)                                                       # 2+H n D
-    spectra = torch.stack([torch.fft.rfft(part @ net.W_U, dim=1).abs().mean(0)[1:] for part in parts])  # 2+H C//2
-    power = spectra.square()
+    amplitudes = [torch.fft.rfft(part @ net.W_U, dim=1)[:, 1:].abs() for part in parts]
+    spectra, power = (torch.stack([a.pow(e).mean(0) for a in amplitudes]) for e in (1, 2))  # 2+H C//2
     numbers = dict(tau=tau, low_share=power[:, :tau].sum(1) / power.sum(1).clamp(min=1e-30), outliers=[outliers(s) for s in spectra])
 
-    k, all_of_it, filters = torch.arange(1, C // 2 + 1), torch.eye(len(net.W_U)), {}
-    low, high = without(net.W_U, k[:tau]), without(net.W_U, k[tau:])
-    for name, from_attention, from_mlp in (
-            ('nothing', all_of_it, all_of_it), ('low from attention', low, all_of_it), ('low from MLP', all_of_it, low), ('low from both', low, low),
-            ('high from attention', high, all_of_it), ('high from MLP', all_of_it, high), ('high from both', high, high)):
-        mid = parts[0] + parts[1:-1].sum(0) @ from_attention
-        z = mid + (mid @ net.W_in).relu() @ net.W_out @ from_mlp
-        filters[name] = errors(z @ net.W_U, y, C if d.stride else None)
-    return numbers | dict(left_without_low=low.trace(), left_without_high=high.trace(), filters=filters), dict(class_spectra=spectra)
+    def logits(attention, mlp):
+        mid = parts[0] + parts[1:-1].sum(0) @ attention
+        return (mid + (mid @ net.W_in).relu() @ net.W_out @ mlp) @ net.W_U
+
+    k, everything, g, filters = torch.arange(1, C // 2 + 1), torch.eye(D), torch.Generator().manual_seed(0), {}
+    filters['nothing'] = [*errors(logits(everything, everything), y, modulus), None]
+    for band, P in (('low', without(net.W_U, k[:tau])), ('high', without(net.W_U, k[tau:]))):
+        left = numbers[f'left_without_{band}'] = round(P.trace().item())
+        some = [torch.linalg.qr(torch.randn(D, D - left, generator=g)).Q for _ in range(3)]
+        null = [everything - Q @ Q.T for Q in some]
+        for where, pick in (('attention', lambda P: (P, everything)), ('MLP', lambda P: (everything, P)), ('both', lambda P: (P, P))):
+            filters[f'{band} from {where}'] = [*errors(logits(*pick(P)), y, modulus), torch.stack([errors(logits(*pick(Q)), y, modulus)[0] for Q in null]).mean()]
+    return numbers | dict(filters=filters), dict(class_spectra=spectra)
 
 
 def mechanism(logits, d, train_rows, key=None):
@@ -481,7 +490,7 @@ class Folder:
         self.records = load_records(self.path, self.data.classes, self.epoch)
         if self.epoch and not self.records:
             self.missing.append(f'{path} has no metrics.npz of this run and version: no grokking epochs, no curves over epochs')
-        elif self.epoch and 'spectra_epoch' not in self.records:
+        elif self.epoch and self.data.stride and 'spectra_epoch' not in self.records:
             self.missing.append(f'{path} recorded no spectra: between the snapshots no frequencies')
 
     def use(self, weights, name):
@@ -577,28 +586,27 @@ def omega(run, snaps):
     return dict(omega_epoch=epochs, omega_counts=[at[e][0] for e in epochs], omega_spectrum=[at[e][1] for e in epochs]) if at else {}
 
 
-def analyse(path):
+def analyse(path, tau=None):
     """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz. Sets
     the precision of torch's float32 products, see `set_precision`."""
     set_precision('cpu', 'float32')
     run = Folder(path)
     d, p, solver = run.data, run.p, None
-    if not d.stride:
-        pass  # the sums have no waves of their own: `output` looks at them
-    elif wave_memory(p, d.classes) < MAX_MEMORY:
+    if d.stride and wave_memory(p, d.classes) < MAX_MEMORY:
         solver = wave_solver(p, waves(p, d.classes, d.stride))
-    else:
+    elif d.stride:
         run.missing.append(f'the waves at p = {p} need {wave_memory(p, d.classes) / 1e9:.0f} GB: nothing about neurons')
     final, arrays = measure(run, run.final, solver)
     key = torch.tensor(final['key_frequencies'], dtype=torch.long) if 'key_frequencies' in final else None
     initial, start = measure(run, run.initial, solver, key)
-    if len(set(d.classes)) == 1:  # one set of classes
-        rows = run.rows[2][:int(2e8 / d.classes[0])]
-        for weights, numbers, some in ((run.initial, initial, start), (run.final, final, arrays)):
+    if len(set(d.classes)) == 1:
+        rows = run.rows[2][:int(2e8 / sum(d.classes))]
+        if len(rows) < len(run.rows[2]):
+            run.missing.append(f'the logits of the parts are of {len(rows):,} test rows, to spare memory')
+        for weights, values in ((run.initial, (initial, start)), (run.final, (final, arrays))):
             run.use(weights, 'weights')
-            more = output(run.net, d, rows)
-            numbers |= plain(more[0])
-            some |= more[1]
+            for some, more in zip(values, output(run.net, d, rows, tau)):
+                some |= plain(more) if some is values[0] else more
     snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
@@ -614,7 +622,7 @@ def analyse(path):
 def analyse_matrix(path, shuffles=20):
     """Any matrix with a row per number (.npy or .pt): its spectrum over the rows, the periods that stand out, singular values; and as the
     null the same after its rows were shuffled, so many times. -> numbers, arrays. Raises Refusal."""
-    W = data.matrix(Path(path))
+    W = data.load_matrix(Path(path))
     if len(W) < 8:
         raise Refusal(f'{path} has {len(W)} rows, a spectrum over them needs 8')
     g, S = torch.Generator().manual_seed(0), torch.linalg.svdvals(W)
@@ -692,7 +700,7 @@ def table(numbers):
     """The numbers of a run as lines of text, beside their values at initialisation."""
     def show(v):
         if isinstance(v, list):
-            return ' '.join(map(show, v)) or '-'
+            return ' '.join(','.join(map(str, x)) or '-' if isinstance(x, list) else show(x) for x in v) or '-'
         return f'{v:,}' if isinstance(v, int) else f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}'
     o = numbers['config']
     lines = [f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}', f'{"":52s} {"now":>24s} {"at initialisation":>24s}']
@@ -702,9 +710,9 @@ def table(numbers):
             lines += [f'{label:52s} {now:>24s} {then:>24s}'] if max(len(now), len(then)) <= 24 else [f'{label:52s} {now}', f'{"    at initialisation":52s} {then}']
     if 'filters' in numbers['final']:
         n = numbers['final']
-        lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]:.0f} and {n["left_without_high"]:.0f} of {o["d_model"]} dimensions):',
-                  f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in ERRORS)]
-        lines += [f'{name:20s}' + ''.join(f'{v:21.4f}' for v in row) for name, row in n['filters'].items()]
+        lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]} and {n["left_without_high"]} of {o["d_model"]} dimensions;',
+                  'the last column is the accuracy without as many random ones)', f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in (*SCORES, 'accuracy, random'))]
+        lines += [f'{name:20s}' + ''.join(f'{"-" if v is None else format(v, ".4f"):>21s}' for v in row) for name, row in n['filters'].items()]
     order = sorted((g for g in numbers['grokking'] if g['first'] is not None), key=lambda g: g['first'])
     if len(order) > 1:
         lines += ['', 'order of 99 % validation accuracy: ' + ', '.join(g['name'] for g in order)]
@@ -1006,13 +1014,14 @@ def main(argv):
     parser.error = refuse
     parser.add_argument('runs', nargs='*', metavar='RUN', help='a run folder written by train.py')
     parser.add_argument('--embedding', metavar='FILE', help='look at any matrix with a row per number instead, .npy or .pt: periods, singular values')
+    parser.add_argument('--tau', type=int, default=0, help='highest of the low frequencies of the filters (default: 50 of 260, or as much of the classes)')
     parser.add_argument('--ship', metavar='FOLDER', help='also write a small copy of the one run there, for analyze.py and plots.py')
     parser.add_argument('--collect', action='store_true', help=f'also put what the runs came to into assets/{RESULTS.name}')
     parser.add_argument('--note', default='', help='with --collect: what else was changed, if the code was')
     parser.add_argument('--report', action='store_true', help="print the README's tables from there")
     args = parser.parse_args(argv)
     if args.embedding:
-        if args.runs or args.collect or args.report or args.ship:
+        if args.runs or args.collect or args.report or args.ship or args.note or args.tau:
             raise Refusal('--embedding goes alone')
         print(matrix_table(args.embedding, analyse_matrix(args.embedding)[0]))
         return
@@ -1020,10 +1029,12 @@ def main(argv):
         raise Refusal('name a run folder' + ', or --report' * (not args.collect))
     if args.ship and (len(args.runs) != 1 or Path(args.ship).exists()):
         raise Refusal(f'--ship takes one run folder, and {args.ship} must not exist yet')
+    if args.tau < 0:
+        raise Refusal('--tau must not be negative')
     if args.note and not args.collect:
         raise Refusal('--note goes with --collect')
     for path in map(Path, args.runs):
-        numbers, missing = analyse(path)
+        numbers, missing = analyse(path, args.tau)
         print(f'{path}: {table(numbers)}\n')
         for line in missing:
             print(f'note: {line}')

@@ -35,7 +35,7 @@ class Data(NamedTuple):
     names: list            # Q strings
     classes: list          # Q ints: how many classes each task has
     in_loss: torch.Tensor  # (Q,) bool: False where a task is measured but not trained
-    stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 for sums and formulas; 0 for add, which has none
+    stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 modulo p; 0 for add, which has no modulus and none
     n_ops: int             # O
 
     def part(self, rows):
@@ -172,18 +172,18 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
 
 
-def fourier_features(rows, periods, width, seed=0, phases=True):
+def fourier_features(rows, periods, width, seed=0, scrambled=False):
     """A stand-in for the number tokens of a pre-trained model (rows, width): a cosine and a sine of each period in the row number, each in
-    a random direction; rms 0.1 per entry. Without phases, every row has each wave at a random phase of its own: nothing left to add."""
+    a random direction; rms 0.1 per entry. Scrambled, every row has each wave at a random phase of its own: nothing left to add."""
     g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(2 * len(periods), width, generator=g, dtype=torch.float64)
     turn = torch.arange(rows)[:, None] / torch.tensor(periods, dtype=torch.float64)  # rows, periods
-    turn = turn if phases else torch.rand(turn.shape, generator=g, dtype=torch.float64)
-    waves = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1)
-    W = waves @ torch.randn(waves.shape[1], width, generator=g, dtype=torch.float64)
+    turn = torch.rand(turn.shape, generator=g, dtype=torch.float64) if scrambled else turn
+    W = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1) @ directions
     return (0.1 * W / W.square().mean().sqrt()).float()
 
 
-def matrix(path):
+def load_matrix(path):
     """The numbers in a .npy or .pt file as a float32 tensor (rows, columns); nothing in it is executed. Raises Refusal if it is not there or
     is anything but one matrix of finite numbers."""
     try:
@@ -191,6 +191,8 @@ def matrix(path):
             m = torch.from_numpy(numpy.load(path, allow_pickle=False))
         else:
             m = torch.load(path, map_location='cpu', weights_only=True)
+        if m.is_complex() or m.layout != torch.strided or m.is_nested or m.is_meta:
+            raise TypeError
         m = m.detach().float()
     except Exception as e:  # numpy and torch raise a dozen types here
         raise Refusal(f'{path} is not there' if not path.exists() else f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')

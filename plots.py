@@ -3,6 +3,7 @@
     python plots.py out/miiii                    # every figure of one run
     python plots.py out/miiii out/nanda          # of both, and the comparisons with a row for each in the first one's folder
     python plots.py --data                       # those that need no run, in out/figures
+    python plots.py --embedding numbers.npy      # the spectrum of any matrix with a row per number
     python plots.py out/miiii --only waves       # one of them
     python plots.py out/miiii --animate waves    # and a GIF through training: waves or embedding
 
@@ -132,18 +133,21 @@ def targets(p=11):
     return fig
 
 
-def matrix(path):
+def spectrum(path):
     """Any matrix with a row per number: its spectrum over the rows, beside that of its shuffled rows."""
     n, a = analyze.analyse_matrix(path)
-    spectrum, k = a['spectrum'], np.arange(1, len(a['spectrum']) + 1)
-    fig, ax = plt.subplots(figsize=(7.5, 2.6))
+    norms, s = a['spectrum'], a['singular_values']
+    k = np.arange(1, len(norms) + 1)
+    fig, (ax, right) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(3, 1))
     ax.fill_between(k, a['null'].amin(0), a['null'].amax(0), color='#DDDDDD', label=f'{len(a["null"])} shuffles of the rows')
-    ax.plot(k, spectrum, c=BLUE, label='in their order')
+    ax.plot(k, norms, c=BLUE, label='in their order')
     for peak, period in zip(a['peaks'], n['periods']):
-        ax.annotate(f'{period:.3g}', (peak, spectrum[peak - 1]), ha='center', va='bottom', fontsize=7)
-    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.15 * spectrum.max()))
+        ax.annotate(f'{period:.3g}', (peak, norms[peak - 1]), ha='center', va='bottom', fontsize=7)
+    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.15 * max(norms.max(), 1e-30)))
     ax.legend(loc='upper center')
-    fig.suptitle(f'{Path(path).name}: {n["rows"]} rows, {n["columns"]} columns')
+    right.plot(np.arange(1, len(s) + 1), s, c=BLUE)
+    right.set(xlabel='index', title='singular values', ylim=(0, None))
+    fig.suptitle(f'{Path(path).name}: {n["rows"]} rows, {n["columns"]} columns'.replace('$', r'\$'))
     return fig
 
 
@@ -361,7 +365,7 @@ def filters(run):
     y = np.arange(len(rows))
     for ax, columns, title in ((left, (0, 1, 2), 'share of the test set'), (right, (3, 4), 'share of the errors')):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
-            ax.barh(y + 0.27 * (i - 1), [row[column] for row in rows.values()], 0.25, color=colour, label=analyze.ERRORS[column])
+            ax.barh(y + 0.27 * (i - 1), [row[column] for row in rows.values()], 0.25, color=colour, label=analyze.SCORES[column])
         ax.set(xlim=(0, 1), title=title)
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.42), ncols=3)
     left.set_yticks(y, rows)
@@ -506,7 +510,7 @@ def main(argv):
     parser.add_argument('--animate', choices=ANIMATED, help='also a GIF through training')
     args = parser.parse_args(argv)
     if not args.runs and (args.animate or not (args.data or args.embedding)):
-        raise Refusal('name a run folder, or --data for the figures that need none')
+        raise Refusal('name a run folder, or --data for the figures that need none, or --embedding for any matrix')
     if args.only and not (args.data if by_name[args.only] in DATA else args.runs):
         raise Refusal(f'{args.only} needs ' + ('--data' if by_name[args.only] in DATA else 'a run folder'))
 
@@ -516,7 +520,7 @@ def main(argv):
     jobs += [(f.__name__, lambda run, f=f: f(run[0]), [run], needs, run.path) for run in runs for f, needs in SINGLE.items()]
     jobs += [(f.__name__, f, runs, needs, runs[0].path) for f, needs in COMPARED.items() if runs]
     jobs = [job for job in jobs if args.only in (None, job[0])]
-    jobs += [(Path(args.embedding).stem, lambda: matrix(args.embedding), [], '', Path('out'))] if args.embedding else []
+    jobs += [(f'embedding_{Path(args.embedding).stem}', lambda: spectrum(args.embedding), [], '', Path('out'))] if args.embedding else []
     jobs += [(args.animate, None, [run], ANIMATED[args.animate], run.path) for run in runs if args.animate]
     drawn = 0
     with plt.rc_context(STYLE):

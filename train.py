@@ -75,7 +75,7 @@ class Options:
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
     precision: str = opt('tf32', 'of matrix products; weights and loss are float32 always, and tf32 is float32 without CUDA',
                          choices=('float32', 'tf32', 'bfloat16'))
-    spectra_every: int = opt(256, 'record the spectra of all neurons every so many epochs, 0 = never', lo=0, hi=10**7)
+    spectra_every: int = opt(256, 'record the spectra of all neurons every so many epochs, 0 = never (add has none)', lo=0, hi=10**7)
     snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
     preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
     device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
@@ -99,14 +99,19 @@ class Options:
             raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
         if not self.init_from and (self.freeze or self.copy != 'all'):
             raise Refusal('--copy and --freeze go with --init_from')
-        if self.init_from.endswith(('.npy', '.pt')) and self.copy == 'block':
+        if self.from_file and self.copy == 'block':
             raise Refusal('--init_from with a file is for W_E: --copy embed')
         if self.freeze and self.copied() is None:
             raise Refusal('--freeze with --copy all leaves nothing to train')
 
+    @property
+    def from_file(self):
+        """Whether W_E comes from a matrix in a file, not from a run."""
+        return self.init_from.endswith(('.npy', '.pt'))
+
     def copied(self):
         """Names of the matrices to copy, None for all."""
-        return COPIED.get('embed' if self.init_from.endswith(('.npy', '.pt')) else self.copy)
+        return COPIED.get('embed' if self.from_file else self.copy)
 
 
 MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
@@ -188,12 +193,11 @@ def network(o, d):
 
 def weights_to_copy(o, model):
     """The matrices that --init_from and --copy ask for, by name. Raises Refusal if the run there has none that fit the model."""
-    if o.init_from.endswith(('.npy', '.pt')):
-        rows = data.matrix(Path(o.init_from))
+    if o.from_file:
+        rows = data.load_matrix(Path(o.init_from))
         if len(rows) != o.p:
             raise Refusal(f'--init_from {o.init_from}: {len(rows)} rows, one for each of {o.p} digits are needed')
         if rows.shape[1] != o.d_model:  # to the model's width by fixed random directions, which keep lengths and angles, roughly
-            print(f'note: {o.init_from} has {rows.shape[1]} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
             rows = rows @ torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0)) / o.d_model ** 0.5
         return dict(W_E=torch.cat([rows, model.W_E.detach()[o.p:].cpu()]))
     source, out = load(Path(o.init_from, 'ckpt.pt'), ('model', 'config')), {}
@@ -360,9 +364,15 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Not compiled, for one call."""
-        with self.autocast():
-            return torch.stack([torch.stack(task_losses(self.model(x).view(len(y), -1), y, self.data.classes)[:2]) for x, y in self.parts]).cpu()
+        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Not compiled, for one call. And
+        for sums without a modulus `analyze.errors` of each part."""
+        out, errors = [], []
+        for x, y in self.parts:
+            with self.autocast():
+                logits = self.model(x).view(len(y), -1)
+            errors += [] if self.data.stride else [analyze.plain(analyze.errors(logits, y[:, 0]))]
+            out.append(torch.stack(task_losses(logits, y, self.data.classes)[:2]))
+        return torch.stack(out).cpu(), errors
 
     # from here on: files
 
@@ -516,16 +526,14 @@ def progress(run, row, rate, end=''):
 def finish(run):
     """The last figures of every task; the test set is touched here, once. Writes summary.json, prints the table."""
     o, d, valid_acc = run.o, run.data, run.metrics['valid_acc'][:run.epoch].cpu().numpy()
-    final, tasks = run.evaluate(), []
+    (final, errors), tasks = run.evaluate(), []
     for i, name in enumerate(d.names):
         first, held = analyze.grok_epochs(valid_acc[:, i], final[1, 1, i].item())
         task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
         for j, part in enumerate(('train', 'valid', 'test')):
             task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
         tasks.append(task)
-    if not d.stride:  # sums: how far off
-        with torch.no_grad(), run.autocast():
-            tasks[0] |= {f'{part}_errors': analyze.plain(analyze.errors(run.model(x), y[:, 0])) for part, (x, y) in zip(('train', 'valid', 'test'), run.parts)}
+    tasks[0] |= {f'{part}_errors': e for part, e in zip(('train', 'valid', 'test'), errors)}
     objective = dict(zip(('train', 'valid', 'test'), (final[:, 0] @ run.task_weight.cpu()).tolist()))  # mean of CE_q / ln q
     summary = dict(tasks=tasks, objective=objective, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
                    epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=VERSIONS, config=dataclasses.asdict(o))
@@ -537,9 +545,8 @@ def finish(run):
         print(f'{t["name"]:18s} {t["train_acc"]:9.4f} {t["valid_acc"]:9.4f} {t["test_acc"]:9.4f} {grok[0]:>24s} {grok[1]:>9s}')
     mean = final[:, 1].mean(1)
     print(f'{"mean":18s} {mean[0]:9.4f} {mean[1]:9.4f} {mean[2]:9.4f} {(final[1, 1] == 1).sum():>13} of {len(tasks)} at 1.0')
-    for part in ('valid', 'test'):
-        if f'{part}_errors' in tasks[0]:
-            print(f'{part}: ' + ', '.join(f'{name} {v:.4f}' for name, v in zip(analyze.ERRORS, tasks[0][f'{part}_errors'])))
+    for part, e in zip(('valid', 'test'), errors[1:]):
+        print(f'{part}: ' + ', '.join(f'{name} {v:.4f}' for name, v in zip(analyze.SCORES, e)))
     print(f'{run.epoch:,} epochs in {hms(run.wall_s)} on {summary["device"]}; all of it is in {o.out}')
 
 
@@ -635,6 +642,8 @@ def one_run(given):
     params, device = sum(w.numel() for w in run.model.parameters()), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
+    if o.from_file and not o.resume and (columns := data.load_matrix(Path(o.init_from)).shape[1]) != o.d_model:
+        print(f'note: {o.init_from} has {columns} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
     if o.bench:
         return bench(run, o)
     how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {" ".join(o.copied())} frozen' if o.freeze else '')
