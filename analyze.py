@@ -367,7 +367,8 @@ def output(net, d, rows, tau=None):
     parts = components(net, x)                                                       # 2+H n D
     amplitudes = [torch.fft.rfft(part @ net.W_U, dim=1)[:, 1:].abs() for part in parts]
     spectra, power = (torch.stack([a.pow(e).mean(0) for a in amplitudes]) for e in (1, 2))  # 2+H C//2
-    numbers = dict(tau=tau, low_share=power[:, :tau].sum(1) / power.sum(1).clamp(min=1e-30), outliers=[outliers(s) for s in spectra])
+    numbers = dict(tau=tau, low_share=power[:, :tau].sum(1) / power.sum(1).clamp(min=1e-30), outliers=[outliers(s) for s in spectra],
+                   W_E_outliers=outliers(cos_sin(net.W_E[:-d.n_ops]).norm(dim=(0, 2))))
 
     def logits(attention, mlp):
         mid = parts[0] + parts[1:-1].sum(0) @ attention
@@ -693,7 +694,8 @@ LABELS = dict(
     sharp='neurons with more than 85 % at one frequency',
     sharp_mult='  by discrete logarithms',
     low_share='logits, share in low frequencies: "=", heads, MLP',
-    outliers='  frequencies that stand out')
+    outliers='  frequencies that stand out',
+    W_E_outliers='W_E (digits): frequencies that stand out')
 
 
 def table(numbers):
@@ -771,7 +773,7 @@ def result(path, numbers, note=''):
     half = {str(n): int(e) for n, e in zip(r['grad_norm_names'], (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0))}
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
-    if s['config']['task'] not in data.TASKS:
+    if s['config']['task'] not in data.TASKS or s['config']['task'] == 'add':
         initial, omega = {}, {}  # of formulas only the end is told
     return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
@@ -871,6 +873,22 @@ def joined(*names, fmt='.2f'):
     return lambda r: '/'.join(show(r['final'][n]) for n in names)
 
 
+def within_ten(r):
+    return r['final']['filters']['nothing'][2]
+
+
+def low_share(r):
+    return r['final']['low_share'][-1]
+
+
+def standing_out(what):
+    """Periods that stand out in W_E over the numbers, or in the logits of the MLP over the classes."""
+    def show(r):
+        n, found = (r['config']['p'], r['final']['W_E_outliers']) if what == 'W_E' else (2 * r['config']['p'] - 1, r['final']['outliers'][-1])
+        return ','.join(f'{n / k:.3g}' for k in found) or 'none'
+    return show
+
+
 def score(extreme):
     return lambda r: f'{extreme(abs(x) for x in r["final"]["attention_score"]):.2f}'
 
@@ -967,6 +985,22 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
         (fast_run('elementary', LONG), 'a+b, a-b, a*b, 30 %:', came_or_got), (fast_run('a+b,a*b+b', LONG), 'a+b and a*b+b, 30 %:', came_or_got),
         *(borrowed(task, source, part, LONG)[0] for task, source, part in (('a*b+b', 'a*b', 'block'), ('a*b', 'a+b', 'embed'), ('a+b', 'a*b', 'embed')))]),
 ]
+ADD = '--preset fast --task add'
+EMBEDDED = ADD + ' --init_from {}.npy --freeze'
+FILTERED = ADD + ' --d_model 544 --init_from features544.npy --freeze'
+FILTERS = {'nothing': '.9974', 'low from MLP': '.3589', 'low from attention': '.9912', 'low from both': '.0594',
+           'high from MLP': '.9810', 'high from attention': '.7836', 'high from both': '.2708'}  # accuracy in the paper, fine-tuned GPT-2-XL
+ADDITION = [  # the same for Zhou et al. 2024
+    ('(w) from scratch the accuracy is poor, with a frozen embedding that has the periods 2, 2.5, 5, 10 it is not', '.54; 1.00 (pre-trained)', '?', [
+        (ADD, 'test, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features:', mean_score('test')),
+        (EMBEDDED.format('scrambled'), 'their phases scrambled:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods:', mean_score('test'))]),
+    ('(w) within 10', 'not reported', '?', [
+        (ADD, 'from scratch:', within_ten), (EMBEDDED.format('features'), 'Fourier features:', within_ten), (EMBEDDED.format('scrambled'), 'their phases scrambled:', within_ten)]),
+    ('(x) from scratch only low frequencies are used', 'yes', '?', [
+        (ADD, "low share of the MLP's logits, from scratch:", low_share), (EMBEDDED.format('features'), 'Fourier features:', low_share)]),
+    ('(x) no frequency stands out in the embedding learned from scratch', 'none', '?', [
+        (ADD, 'periods that stand out, from scratch, W_E:', standing_out('W_E')), (ADD, 'logits of the MLP:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features, logits of the MLP:', standing_out('MLP'))]),
+]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
     ('dropout 0', NO_DROPOUT, 'final'), ('shuffled answers (basis)', BASIS, 'final'), ('random weights', FAST, 'initial'), ('modular addition', NANDA, 'final')]
@@ -989,7 +1023,7 @@ def report():
     def table(columns, rows):
         return '\n'.join(f'| {" | ".join(cells)} |' for cells in (columns, ['---'] * len(columns), *rows)) + '\n'
 
-    for claims in (CLAIMS, POLYNOMIALS):
+    for claims in (CLAIMS, POLYNOMIALS, ADDITION):
         claims = [(claim, paper, verdict, [(words, there(options), value) for options, words, value in look]) for claim, paper, verdict, look in claims]
         print(table(['claim', 'paper', 'here', 'by', 'verdict'], [
             (claim, paper, '; '.join(f'{words} {each(groups[options], value) if options in groups else "not run"}'.strip() for words, options, value in look),
@@ -997,6 +1031,10 @@ def report():
     print(table(['`python train.py` with', 'seeds', 'epochs', 'validation', 'at 1.0', 'test', 'all at .99 for good, from epoch', 'all at 1.0 for 500 epochs, from', 'device'], [
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
          each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items() if runs[0]['config']['task'] in data.TASKS]))
+    if FILTERED in groups:
+        final = groups[FILTERED][0]['final']
+        print(table(['taken out of what a part writes', 'paper', 'here', 'as many random directions', *SCORES[1:]], [
+            (name, paper, *('-' if v is None else f'{v:.4f}' for v in (row[0], row[5], *row[1:5]))) for name, paper in FILTERS.items() for row in [final['filters'][name]]]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
