@@ -101,10 +101,24 @@ def prominences(x):
     return torch.tensor(out)
 
 
-def outliers(spectrum):
-    """The frequencies k = 2 .. n//2 that stand out in a spectrum (n//2,): prominence more than 1.5 times the median of the
-    spectrum, and more than rounding. k = 1 is what any trend has."""
-    high = prominences(spectrum) > (1.5 * spectrum.median()).clamp(min=spectrum.max() / 100)
+def spectrum_over_rows(W):
+    """How much of each frequency 1 .. n//2 the columns of W (n, D) have over the rows, cosine and sine together: (n//2,)."""
+    return cos_sin(W).norm(dim=(0, 2))
+
+
+SHUFFLES = 50
+
+
+def shuffles(W, spectrum=spectrum_over_rows):
+    """Spectra of W (n, D) after its rows were shuffled, (SHUFFLES, n//2): what chance makes of the same numbers."""
+    g = torch.Generator().manual_seed(0)
+    return torch.stack([spectrum(W[torch.randperm(len(W), generator=g)]) for _ in range(SHUFFLES)])
+
+
+def outliers(spectrum, null):
+    """The frequencies k = 2 .. n//2 that stand out in a spectrum (n//2,): their prominence is larger than any in the spectra null
+    (SHUFFLES, n//2). k = 1 is left out: any trend has it."""
+    high = prominences(spectrum) > max(prominences(s).max() for s in null)
     high[0] = False
     return high.nonzero().flatten() + 1
 
@@ -240,7 +254,7 @@ def carried(share, p):
 def embedding(W):
     """W_E of the digits (p, D): singular values and p-DFT over the tokens (figures 8 to 13 of the paper)."""
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
-    norms = cos_sin(W).norm(dim=(0, 2))                                              # p//2, cos and sin together
+    norms = spectrum_over_rows(W)
     n50, n90 = [int((S.cumsum(0) < share * S.sum()).sum()) + 1 for share in (0.5, 0.9)]
     numbers = dict(W_E_n50=n50, W_E_n90=n90, W_E_active=active(norms[:, None])[0], W_E_gini=gini(norms), W_E_effective=effective(norms.square()))
     return numbers, dict(singular_values=S, left_vectors=U, W_E_fourier=fourier(W), W_E_norms=norms)
@@ -306,7 +320,7 @@ def polynomials(net, p):
             norms = parts.square().sum(0).sqrt()
             numbers[f'{basis}_gini'], numbers[f'{basis}_effective'] = gini(norms), effective(norms.square())
             numbers[f'{basis}_key'] = (norms > threshold(norms[:, None])).nonzero().flatten() + 1
-    about = torch.stack([gini(cos_sin(net.W_E[(z + by_log) % p]).norm(dim=(0, 2))) for z in range(p)])
+    about = torch.stack([gini(spectrum_over_rows(net.W_E[(z + by_log) % p])) for z in range(p)])
     return numbers | dict(centre=about.argmax(), centre_gini=about.max()), arrays | dict(by_log=by_log)
 
 
@@ -335,7 +349,7 @@ def without(W_U, k):
     Other frequencies change too, unless W_U has orthogonal directions for each."""
     A = cos_sin(W_U.T)[:, k - 1].flatten(0, 1)                                       # 2n D
     _, S, V = torch.linalg.svd(A, full_matrices=False)
-    V = V[S > 1e-5 * S.amax()] if len(k) else V
+    V = V[S > 1e-5 * S[0]]
     return torch.eye(len(W_U), dtype=W_U.dtype) - V.T @ V
 
 
@@ -353,36 +367,44 @@ def errors(logits, y, modulus=None):
     return [*((off <= d).float().mean() for d in (0, 2, 10)), ((off > 0) & (off % 10 == 0)).sum() / wrong, (off == 1).sum() / wrong]
 
 
-@torch.no_grad()
-def output(net, d, rows, tau=None):
-    """How the parts of a network make its logits, on some pairs: the spectrum of each part over the C classes, which all tasks must share,
-    and what the network can do without the low (k <= tau) or the high frequencies in what its MLP, its attention or both write into the
-    residual stream (Zhou et al. 2024). What attention writes is filtered before the MLP reads it. tau is 50 of 260, as there, or as much of C//2.
+def output(net, parts, n_ops, tau):
+    """The logits of each part of the network alone, from its `components` (2 + H, n, D): their spectrum over the C classes, the mean amplitude
+    over the pairs; the share of power at k <= tau; what stands out beside shuffles of the classes, for the first 500 pairs, and in W_E beside those of the numbers."""
+    def amplitudes(part, W_U):
+        return torch.fft.rfft(part @ W_U, dim=1)[:, 1:].abs()                        # n C//2
+    numbers, spectra = dict(low_share=[], outliers=[]), []
+    for part in parts:
+        a = amplitudes(part, net.W_U)
+        spectra.append(a.mean(0))
+        numbers['low_share'].append(a[:, :tau].square().sum() / a.square().sum().clamp(min=1e-30))
+        numbers['outliers'].append(outliers(spectra[-1], shuffles(net.W_U.T, lambda W: amplitudes(part[:500], W.T).mean(0))))
+    W_E = net.W_E[:-n_ops]
+    return numbers | dict(W_E_outliers=outliers(spectrum_over_rows(W_E), shuffles(W_E))), dict(class_spectra=torch.stack(spectra))
 
-    Of each filter SCORES, and as a null the accuracy without as many random directions, the mean of three draws.
-    """
-    x, y = d.part(rows)
-    C, D, y, modulus = d.classes[0], len(net.W_U), y.flatten(), d.classes[0] if d.stride else None
-    tau = tau or max(1, round(50 / 260 * (C // 2)))
-    parts = components(net, x)                                                       # 2+H n D
-    amplitudes = [torch.fft.rfft(part @ net.W_U, dim=1)[:, 1:].abs() for part in parts]
-    spectra, power = (torch.stack([a.pow(e).mean(0) for a in amplitudes]) for e in (1, 2))  # 2+H C//2
-    numbers = dict(tau=tau, low_share=power[:, :tau].sum(1) / power.sum(1).clamp(min=1e-30), outliers=[outliers(s) for s in spectra],
-                   W_E_outliers=outliers(cos_sin(net.W_E[:-d.n_ops]).norm(dim=(0, 2))))
 
-    def logits(attention, mlp):
+def filters(net, parts, y, modulus, tau, draws=3):
+    """What a network can do without the low (k <= tau) or the high frequencies over the classes in what its attention, its MLP or both write
+    into the residual stream: SCORES for each (Zhou et al. 2024). What attention writes is filtered before the MLP reads it. As a null, last in each row, the accuracy
+    without as many random directions, the mean of some draws; left_without_*: of how many dimensions the rest is."""
+    D, k, g = len(net.W_U), torch.arange(1, net.W_U.shape[1] // 2 + 1), torch.Generator().manual_seed(0)
+    everything = torch.eye(D)
+
+    def scores(attention, *mlps):
         mid = parts[0] + parts[1:-1].sum(0) @ attention
-        return (mid + (mid @ net.W_in).relu() @ net.W_out @ mlp) @ net.W_U
+        wrote = (mid @ net.W_in).relu() @ net.W_out
+        return [errors((mid + wrote @ mlp) @ net.W_U, y, modulus) for mlp in mlps]
 
-    k, everything, g, filters = torch.arange(1, C // 2 + 1), torch.eye(D), torch.Generator().manual_seed(0), {}
-    filters['nothing'] = [*errors(logits(everything, everything), y, modulus), None]
-    for band, P in (('low', without(net.W_U, k[:tau])), ('high', without(net.W_U, k[tau:]))):
-        left = numbers[f'left_without_{band}'] = round(P.trace().item())
-        some = [torch.linalg.qr(torch.randn(D, D - left, generator=g)).Q for _ in range(3)]
-        null = [everything - Q @ Q.T for Q in some]
-        for where, pick in (('attention', lambda P: (P, everything)), ('MLP', lambda P: (everything, P)), ('both', lambda P: (P, P))):
-            filters[f'{band} from {where}'] = [*errors(logits(*pick(P)), y, modulus), torch.stack([errors(logits(*pick(Q)), y, modulus)[0] for Q in null]).mean()]
-    return numbers | dict(filters=filters), dict(class_spectra=spectra)
+    numbers, rows = {}, dict(nothing=[*scores(everything, everything)[0], None])
+    for band, some in (('low', k[:tau]), ('high', k[tau:])):
+        tried = [without(net.W_U, some)]                                             # and then the random ones
+        left = numbers[f'left_without_{band}'] = round(tried[0].trace().item())
+        for _ in range(draws):
+            Q = torch.linalg.qr(torch.randn(D, D - left, generator=g)).Q
+            tried.append(everything - Q @ Q.T)
+        mlp, (attention, both) = scores(everything, *tried), zip(*(scores(P, everything, P) for P in tried))
+        for where, (row, *null) in (('MLP', mlp), ('attention', attention), ('both', both)):
+            rows[f'{band} from {where}'] = [*row, torch.stack([scored[0] for scored in null]).mean()]
+    return numbers | dict(filters=rows)
 
 
 def mechanism(logits, d, train_rows, key=None):
@@ -601,13 +623,20 @@ def analyse(path, tau=None):
     key = torch.tensor(final['key_frequencies'], dtype=torch.long) if 'key_frequencies' in final else None
     initial, start = measure(run, run.initial, solver, key)
     if len(set(d.classes)) == 1:
+        final['tau'] = tau = tau or max(1, round(50 / 260 * (d.classes[0] // 2)))    # that of Zhou et al. 2024
+        if tau >= d.classes[0] // 2:
+            raise Refusal(f'--tau {tau}: the frequencies over {d.classes[0]} classes run to {d.classes[0] // 2}, and some must be higher')
         rows = run.rows[2][:int(2e8 / sum(d.classes))]
         if len(rows) < len(run.rows[2]):
             run.missing.append(f'the logits of the parts are of {len(rows):,} test rows, to spare memory')
-        for weights, values in ((run.initial, (initial, start)), (run.final, (final, arrays))):
+        x, y = d.part(rows)
+        for weights, numbers, some in ((run.initial, initial, start), (run.final, final, arrays)):
             run.use(weights, 'weights')
-            for some, more in zip(values, output(run.net, d, rows, tau)):
-                some |= plain(more) if some is values[0] else more
+            parts = components(run.net, x)
+            spectra_numbers, spectra = output(run.net, parts, d.n_ops, tau)
+            numbers |= plain(spectra_numbers)
+            some |= spectra
+        final |= plain(filters(run.net, parts, y.flatten(), d.classes[0] if d.stride else None, tau))
     snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
@@ -620,25 +649,24 @@ def analyse(path, tau=None):
     return numbers, run.missing
 
 
-def analyse_matrix(path, shuffles=20):
-    """Any matrix with a row per number (.npy or .pt): its spectrum over the rows, the periods that stand out, singular values; and as the
-    null the same after its rows were shuffled, so many times. -> numbers, arrays. Raises Refusal."""
+def analyse_matrix(path):
+    """Any matrix with a row per number (.npy or .pt): its spectrum over the rows, the periods that stand out beside shuffles of the rows,
+    singular values. -> numbers, arrays. Raises Refusal."""
     W = data.load_matrix(Path(path))
     if len(W) < 8:
         raise Refusal(f'{path} has {len(W)} rows, a spectrum over them needs 8')
-    g, S = torch.Generator().manual_seed(0), torch.linalg.svdvals(W)
-    spectrum, *null = (cos_sin(rows).norm(dim=(0, 2)) for rows in (W, *(W[torch.randperm(len(W), generator=g)] for _ in range(shuffles))))
-    peaks = outliers(spectrum)
-    numbers = dict(rows=len(W), columns=W.shape[1], periods=len(W) / peaks, heights=spectrum[peaks - 1] / spectrum.median(), shuffled=[len(outliers(s)) for s in null])
+    S, spectrum, null = torch.linalg.svdvals(W), spectrum_over_rows(W), shuffles(W)
+    peaks = outliers(spectrum, null)
+    numbers = dict(rows=len(W), columns=W.shape[1], periods=len(W) / peaks, heights=spectrum[peaks - 1] / spectrum.median(), by_chance=null.max() / spectrum.median())
     numbers |= {f'n{share}': int((S.cumsum(0) < share / 100 * S.sum()).sum()) + 1 for share in (50, 90)}
-    return plain(numbers), dict(spectrum=spectrum, null=torch.stack(null), peaks=peaks, singular_values=S)
+    return plain(numbers), dict(spectrum=spectrum, null=null, peaks=peaks, singular_values=S)
 
 
 def matrix_table(path, n):
     """The numbers of `analyse_matrix` as lines of text."""
     peaks = ', '.join(f'{period:.3g} ({height:.1f} times the median)' for period, height in zip(n['periods'], n['heights'])) or 'none'
     return '\n'.join([f'{path}: {n["rows"]} rows, {n["columns"]} columns', f'periods that stand out of the spectrum over the rows: {peaks}',
-                      f'  after a shuffle of the rows: {sum(map(bool, n["shuffled"]))} of {len(n["shuffled"])} show any',
+                      f'  the highest point after {SHUFFLES} shuffles of the rows: {n["by_chance"]:.1f} times the median',
                       f'singular values that make 50 % of their sum: {n["n50"]}; 90 %: {n["n90"]}'])
 
 
@@ -873,12 +901,14 @@ def joined(*names, fmt='.2f'):
     return lambda r: '/'.join(show(r['final'][n]) for n in names)
 
 
-def within_ten(r):
-    return r['final']['filters']['nothing'][2]
+def errors_of(*names):
+    """Some of SCORES on the test set of a sum without a modulus, joined by a slash."""
+    return lambda r: '/'.join(f'{r["final"]["filters"]["nothing"][SCORES.index(name)]:.3f}' for name in names)
 
 
-def low_share(r):
-    return r['final']['low_share'][-1]
+def low_share(part):
+    """Share of low frequencies in the logits of the heads, their mean, or of the MLP."""
+    return lambda r: f'{np.mean(r["final"]["low_share"][1:-1] if part == "heads" else r["final"]["low_share"][-1]):.2f}'
 
 
 def standing_out(what):
@@ -988,18 +1018,24 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
 ADD = '--preset fast --task add'
 EMBEDDED = ADD + ' --init_from {}.npy --freeze'
 FILTERED = ADD + ' --d_model 544 --init_from features544.npy --freeze'
+ADD_SLOW = '--preset paper --task add --train_frac 0.1{} --precision bfloat16'
 FILTERS = {'nothing': '.9974', 'low from MLP': '.3589', 'low from attention': '.9912', 'low from both': '.0594',
            'high from MLP': '.9810', 'high from attention': '.7836', 'high from both': '.2708'}  # accuracy in the paper, fine-tuned GPT-2-XL
 ADDITION = [  # the same for Zhou et al. 2024
-    ('(w) from scratch the accuracy is poor, with a frozen embedding that has the periods 2, 2.5, 5, 10 it is not', '.54; 1.00 (pre-trained)', '?', [
-        (ADD, 'test, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features:', mean_score('test')),
-        (EMBEDDED.format('scrambled'), 'their phases scrambled:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods:', mean_score('test'))]),
-    ('(w) within 10', 'not reported', '?', [
-        (ADD, 'from scratch:', within_ten), (EMBEDDED.format('features'), 'Fourier features:', within_ten), (EMBEDDED.format('scrambled'), 'their phases scrambled:', within_ten)]),
+    ('(w) from scratch the accuracy is poor, with a frozen pre-trained embedding it is not', '.54; 1.00', '?', [
+        (ADD, '10 % of the pairs, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features, frozen:', mean_score('test')), (f'{ADD} --train_frac 0.3', 'from scratch, 30 %:', mean_score('test')),
+        (f'{ADD} {HALF}', '50 %:', mean_score('test')), (ADD_SLOW.format(' --epochs 10000'), "AdamW, 10 %, 10,000 epochs:", mean_score('test')), (ADD_SLOW.format(' --init_from features.npy --freeze --epochs 3000'), 'Fourier features, 3,000:', mean_score('test'))]),
+    ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', '?', [
+        (EMBEDDED.format('scrambled'), 'random phases instead:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods, 2.3 to 400:', mean_score('test')), (EMBEDDED.format('low'), 'long periods alone, 50 to 521:', mean_score('test'))]),
+    ('(x) low frequencies give the magnitude', 'yes', '?', [(EMBEDDED.format('low'), 'long periods alone, within 2/within 10/of the errors off by 1:', errors_of('within 2', 'within 10', 'wrong by 1'))]),
     ('(x) from scratch only low frequencies are used', 'yes', '?', [
-        (ADD, "low share of the MLP's logits, from scratch:", low_share), (EMBEDDED.format('features'), 'Fourier features:', low_share)]),
-    ('(x) no frequency stands out in the embedding learned from scratch', 'none', '?', [
-        (ADD, 'periods that stand out, from scratch, W_E:', standing_out('W_E')), (ADD, 'logits of the MLP:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features, logits of the MLP:', standing_out('MLP'))]),
+        (ADD, "low share of the MLP's logits:", low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP')), (ADD, 'from scratch at 10 %, within 10:', errors_of('within 10'))]),
+    ('(x) no frequency stands out in an embedding learned from scratch', 'none', '?', [
+        (ADD, 'periods, 10 %:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
+    ('(y) nor in what the MLP adds to the logits', '-', '?', [
+        (ADD, 'periods, 10 %:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
+    ('(y) the MLP has the low frequencies, attention the high ones', 'yes', '?', [
+        (EMBEDDED.format('features'), 'low share, heads:', low_share('heads')), (EMBEDDED.format('features'), 'MLP:', low_share('MLP')), (FILTERED, 'd_model 544, heads:', low_share('heads')), (FILTERED, 'MLP:', low_share('MLP'))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
@@ -1032,9 +1068,8 @@ def report():
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
          each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items() if runs[0]['config']['task'] in data.TASKS]))
     if FILTERED in groups:
-        final = groups[FILTERED][0]['final']
-        print(table(['taken out of what a part writes', 'paper', 'here', 'as many random directions', *SCORES[1:]], [
-            (name, paper, *('-' if v is None else f'{v:.4f}' for v in (row[0], row[5], *row[1:5]))) for name, paper in FILTERS.items() for row in [final['filters'][name]]]))
+        print(table(['taken out', 'paper', *SCORES[:1], 'without as many random directions', *SCORES[1:]], [
+            (name, paper, *(each(groups[FILTERED], lambda r: r['final']['filters'][name][i], '{:.3f}') for i in (0, 5, 1, 2, 3, 4))) for name, paper in FILTERS.items()]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [

@@ -352,7 +352,7 @@ def components(run):
         for peak in peaks:
             ax.annotate(f'{C / peak:.3g}', (peak, spectrum[peak - 1]), ha='center', va='bottom', fontsize=6)
         ax.set(ylabel=name, ylim=(0, 1.25 * spectrum.max()))
-        ax.text(0.5, 0.8, f'{low:.0%} of its power is low (k <= {n["tau"]})', transform=ax.transAxes, ha='center', fontsize=7)
+        ax.text(0.6, 0.8, f'{low:.0%} of its power is low (k ≤ {n["tau"]})', transform=ax.transAxes, ha='center', fontsize=7)
     axes[-1].set_xlabel(f'frequency k over the {C} classes; where it stands out, its period C/k')
     fig.suptitle(f'{run.name}: amplitude in the logits of each part, mean over the test set')
     return fig
@@ -367,10 +367,12 @@ def filters(run):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
             ax.barh(y + 0.27 * (i - 1), [row[column] for row in rows.values()], 0.25, color=colour, label=analyze.SCORES[column])
         ax.set(xlim=(0, 1), title=title)
-        ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.42), ncols=3)
+    left.plot([np.nan if row[5] is None else row[5] for row in rows.values()], y - 0.27, 'k|', ms=7, label='accuracy without random directions')
+    for ax in (left, right):
+        ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
     left.set_yticks(y, rows)
     left.invert_yaxis()
-    fig.suptitle(f'{run.name}: logits without low (k <= {n["tau"]}) or high frequencies in what a part writes')
+    fig.suptitle(f'{run.name}: without low (k ≤ {n["tau"]}) or high frequencies')
     return fig
 
 
