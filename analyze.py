@@ -1018,22 +1018,24 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
 ADD = '--preset fast --task add'
 EMBEDDED = ADD + ' --init_from {}.npy --freeze'
 FILTERED = ADD + ' --d_model 544 --init_from features544.npy --freeze'
-ADD_SLOW = '--preset paper --task add --train_frac 0.1{} --precision bfloat16'
+ADAMW_ADD = '--preset paper --task add --train_frac 0.1{} --epochs 10000 --precision bfloat16'
 FILTERS = {'nothing': '.9974', 'low from MLP': '.3589', 'low from attention': '.9912', 'low from both': '.0594',
            'high from MLP': '.9810', 'high from attention': '.7836', 'high from both': '.2708'}  # accuracy in the paper, fine-tuned GPT-2-XL
 ADDITION = [  # the same for Zhou et al. 2024
     ('(w) from scratch the accuracy is poor, with a frozen pre-trained embedding it is not', '.54; 1.00', '?', [
-        (ADD, '10 % of the pairs, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features, frozen:', mean_score('test')), (f'{ADD} --train_frac 0.3', 'from scratch, 30 %:', mean_score('test')),
-        (f'{ADD} {HALF}', '50 %:', mean_score('test')), (ADD_SLOW.format(' --epochs 10000'), "AdamW, 10 %, 10,000 epochs:", mean_score('test')), (ADD_SLOW.format(' --init_from features.npy --freeze --epochs 3000'), 'Fourier features, 3,000:', mean_score('test'))]),
+        (ADD, '10 % of the pairs, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features, frozen:', mean_score('test')),
+        (ADAMW_ADD.format(''), 'AdamW, from scratch:', mean_score('test')), (ADAMW_ADD.format(' --init_from features.npy --freeze'), 'AdamW, Fourier features:', mean_score('test')),
+        (f'{ADD} --train_frac 0.3', '30 % of the pairs, from scratch:', mean_score('test')), (f'{ADD} {HALF}', '50 %:', mean_score('test'))]),
     ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', '?', [
         (EMBEDDED.format('scrambled'), 'random phases instead:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods, 2.3 to 400:', mean_score('test')), (EMBEDDED.format('low'), 'long periods alone, 50 to 521:', mean_score('test'))]),
-    ('(x) low frequencies give the magnitude', 'yes', '?', [(EMBEDDED.format('low'), 'long periods alone, within 2/within 10/of the errors off by 1:', errors_of('within 2', 'within 10', 'wrong by 1'))]),
+    ('(x) low frequencies give the magnitude', 'yes', '?', [
+        (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'wrong by 1')), (ADAMW_ADD.format(''), 'AdamW, from scratch:', errors_of('within 2', 'within 10', 'wrong by 1'))]),
     ('(x) from scratch only low frequencies are used', 'yes', '?', [
-        (ADD, "low share of the MLP's logits:", low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP')), (ADD, 'from scratch at 10 %, within 10:', errors_of('within 10'))]),
+        (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
     ('(x) no frequency stands out in an embedding learned from scratch', 'none', '?', [
-        (ADD, 'periods, 10 %:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
-    ('(y) nor in what the MLP adds to the logits', '-', '?', [
-        (ADD, 'periods, 10 %:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
+        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('W_E')), (ADD, 'Muon:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
+    ('(x) and in the logits of its MLP', '-', '?', [
+        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
     ('(y) the MLP has the low frequencies, attention the high ones', 'yes', '?', [
         (EMBEDDED.format('features'), 'low share, heads:', low_share('heads')), (EMBEDDED.format('features'), 'MLP:', low_share('MLP')), (FILTERED, 'd_model 544, heads:', low_share('heads')), (FILTERED, 'MLP:', low_share('MLP'))]),
 ]
