@@ -7,7 +7,8 @@
     python analyze.py --embedding numbers.npy       # any matrix with a row per number: periods that stand out, singular values
 
 Prints a table per run and writes analysis.json (single numbers) and analysis.npz (arrays) into its folder. Every number stands
-beside the same number of the same weights at initialisation, its null (copied weights count as they were copied).
+beside the same number of the same weights at initialisation, its null (copied weights count as they were copied); filters beside
+random directions.
 """
 import argparse
 import dataclasses
@@ -91,7 +92,7 @@ def effective(power):
 
 def prominences(x):
     """How far each local maximum of x (n,) stands above the higher of the two lowest points between it and what is higher on either side;
-    0 for all that is no maximum."""
+    0 for all that is no maximum, and for a flat top."""
     x, out = x.tolist(), [0.0] * len(x)
     for i, top in enumerate(x):
         sides = [x[:i][::-1], x[i + 1:]]
@@ -109,18 +110,25 @@ def spectrum_over_rows(W):
 SHUFFLES = 50
 
 
-def shuffles(W, spectrum=spectrum_over_rows):
-    """Spectra of W (n, D) after its rows were shuffled, (SHUFFLES, n//2): what chance makes of the same numbers."""
-    g = torch.Generator().manual_seed(0)
-    return torch.stack([spectrum(W[torch.randperm(len(W), generator=g)]) for _ in range(SHUFFLES)])
+def outliers(W, spectrum=spectrum_over_rows):
+    """The frequencies k = 2 .. n//2 that stand out in the spectrum over the rows of W (n, D), against SHUFFLES shuffles of the rows: the prominence
+    is larger than any of theirs, which by chance happens to one spectrum in fifty. Each column's straight line over the rows is taken out first, and k = 1 is left
+    out: any trend has it. As a shuffle spreads all power evenly, a few strong frequencies can hide weak ones.
 
-
-def outliers(spectrum, null):
-    """The frequencies k = 2 .. n//2 that stand out in a spectrum (n//2,): their prominence is larger than any in the spectra null
-    (SHUFFLES, n//2). k = 1 is left out: any trend has it."""
-    high = prominences(spectrum) > max(prominences(s).max() for s in null)
+    -> k (N,), all prominences (n//2,), the largest by chance, spectrum (n//2,), those of the shuffles (SHUFFLES, n//2).
+    """
+    line = torch.linalg.qr(torch.stack([torch.ones(len(W)), torch.arange(len(W)) - (len(W) - 1) / 2], 1)).Q
+    W, g = W - line @ (line.T @ W), torch.Generator().manual_seed(0)
+    own, null = spectrum(W), torch.stack([spectrum(W[torch.randperm(len(W), generator=g)]) for _ in range(SHUFFLES)])
+    heights, bar = prominences(own), max(prominences(s).max() for s in null)
+    high = heights > bar
     high[0] = False
-    return high.nonzero().flatten() + 1
+    return high.nonzero().flatten() + 1, heights, bar, own, null
+
+
+def count_to(S, share):
+    """How many of some values, the largest first, make a share of their sum."""
+    return int((S.cumsum(0) < share * S.sum()).sum()) + 1
 
 
 def wave_freqs(classes):
@@ -255,8 +263,8 @@ def embedding(W):
     """W_E of the digits (p, D): singular values and p-DFT over the tokens (figures 8 to 13 of the paper)."""
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
     norms = spectrum_over_rows(W)
-    n50, n90 = [int((S.cumsum(0) < share * S.sum()).sum()) + 1 for share in (0.5, 0.9)]
-    numbers = dict(W_E_n50=n50, W_E_n90=n90, W_E_active=active(norms[:, None])[0], W_E_gini=gini(norms), W_E_effective=effective(norms.square()))
+    numbers = dict(W_E_n50=count_to(S, 0.5), W_E_n90=count_to(S, 0.9), W_E_active=active(norms[:, None])[0], W_E_gini=gini(norms), W_E_effective=effective(norms.square()),
+                   W_E_periods=len(W) / outliers(W)[0])
     return numbers, dict(singular_values=S, left_vectors=U, W_E_fourier=fourier(W), W_E_norms=norms)
 
 
@@ -353,7 +361,7 @@ def without(W_U, k):
     return torch.eye(len(W_U), dtype=W_U.dtype) - V.T @ V
 
 
-SCORES = ('accuracy', 'within 2', 'within 10', 'wrong by 10, 20, ...', 'wrong by 1')  # the last two as shares of what is wrong
+SCORES = ('accuracy', 'within 2', 'within 10', 'errors off by tens', 'errors off by 1')  # the last two as shares of what is wrong
 
 
 def errors(logits, y, modulus=None):
@@ -367,25 +375,24 @@ def errors(logits, y, modulus=None):
     return [*((off <= d).float().mean() for d in (0, 2, 10)), ((off > 0) & (off % 10 == 0)).sum() / wrong, (off == 1).sum() / wrong]
 
 
-def output(net, parts, n_ops, tau):
+def output(W_U, parts, tau):
     """The logits of each part of the network alone, from its `components` (2 + H, n, D): their spectrum over the C classes, the mean amplitude
-    over the pairs; the share of power at k <= tau; what stands out beside shuffles of the classes, for the first 500 pairs, and in W_E beside those of the numbers."""
+    over the pairs; the share of power at k <= tau; the periods C / k that stand out for the first 1,000 pairs."""
     def amplitudes(part, W_U):
         return torch.fft.rfft(part @ W_U, dim=1)[:, 1:].abs()                        # n C//2
-    numbers, spectra = dict(low_share=[], outliers=[]), []
+    numbers, spectra = dict(low_share=[], periods=[]), []
     for part in parts:
-        a = amplitudes(part, net.W_U)
+        a = amplitudes(part, W_U)
         spectra.append(a.mean(0))
         numbers['low_share'].append(a[:, :tau].square().sum() / a.square().sum().clamp(min=1e-30))
-        numbers['outliers'].append(outliers(spectra[-1], shuffles(net.W_U.T, lambda W: amplitudes(part[:500], W.T).mean(0))))
-    W_E = net.W_E[:-n_ops]
-    return numbers | dict(W_E_outliers=outliers(spectrum_over_rows(W_E), shuffles(W_E))), dict(class_spectra=torch.stack(spectra))
+        numbers['periods'].append(W_U.shape[1] / outliers(W_U.T, lambda W: amplitudes(part[:1000], W.T).mean(0))[0])
+    return numbers, dict(class_spectra=torch.stack(spectra))
 
 
 def filters(net, parts, y, modulus, tau, draws=3):
     """What a network can do without the low (k <= tau) or the high frequencies over the classes in what its attention, its MLP or both write
-    into the residual stream: SCORES for each (Zhou et al. 2024). What attention writes is filtered before the MLP reads it. As a null, last in each row, the accuracy
-    without as many random directions, the mean of some draws; left_without_*: of how many dimensions the rest is."""
+    into the residual stream: SCORES for each (Zhou et al. 2024), and as a null SCORES without as many random directions, the mean of some draws, None if no dimension is left. What
+    attention writes is filtered before the MLP reads it; left_without_*: how many dimensions the filter leaves."""
     D, k, g = len(net.W_U), torch.arange(1, net.W_U.shape[1] // 2 + 1), torch.Generator().manual_seed(0)
     everything = torch.eye(D)
 
@@ -394,7 +401,7 @@ def filters(net, parts, y, modulus, tau, draws=3):
         wrote = (mid @ net.W_in).relu() @ net.W_out
         return [errors((mid + wrote @ mlp) @ net.W_U, y, modulus) for mlp in mlps]
 
-    numbers, rows = {}, dict(nothing=[*scores(everything, everything)[0], None])
+    numbers, rows = {}, dict(nothing=[scores(everything, everything)[0], None])
     for band, some in (('low', k[:tau]), ('high', k[tau:])):
         tried = [without(net.W_U, some)]                                             # and then the random ones
         left = numbers[f'left_without_{band}'] = round(tried[0].trace().item())
@@ -403,7 +410,7 @@ def filters(net, parts, y, modulus, tau, draws=3):
             tried.append(everything - Q @ Q.T)
         mlp, (attention, both) = scores(everything, *tried), zip(*(scores(P, everything, P) for P in tried))
         for where, (row, *null) in (('MLP', mlp), ('attention', attention), ('both', both)):
-            rows[f'{band} from {where}'] = [*row, torch.stack([scored[0] for scored in null]).mean()]
+            rows[f'{band} from {where}'] = [row, torch.tensor(null).mean(0) if left else None]
     return numbers | dict(filters=rows)
 
 
@@ -513,7 +520,7 @@ class Folder:
         self.records = load_records(self.path, self.data.classes, self.epoch)
         if self.epoch and not self.records:
             self.missing.append(f'{path} has no metrics.npz of this run and version: no grokking epochs, no curves over epochs')
-        elif self.epoch and self.data.stride and 'spectra_epoch' not in self.records:
+        elif self.epoch and self.data.modular and 'spectra_epoch' not in self.records:
             self.missing.append(f'{path} recorded no spectra: between the snapshots no frequencies')
 
     def use(self, weights, name):
@@ -568,7 +575,7 @@ def over_snapshots(run, solver, key):
     out, began, epochs = {}, time.perf_counter(), sorted(run.snapshots)
     for i, epoch in enumerate(epochs):
         numbers, arrays = measure(run, run.snapshots[epoch], solver, key)
-        numbers = {k: v for k, v in numbers.items() if 'key' not in k}  # lists of any length
+        numbers = {k: v for k, v in numbers.items() if 'key' not in k and 'periods' not in k}  # lists of any length
         numbers |= dict(epoch=epoch) | {k: arrays[k] for k in ('W_E_norms', 'spectrum') if k in arrays}
         for name, value in numbers.items():
             out.setdefault(f'snapshot_{name}', []).append(value)
@@ -615,28 +622,30 @@ def analyse(path, tau=None):
     set_precision('cpu', 'float32')
     run = Folder(path)
     d, p, solver = run.data, run.p, None
-    if d.stride and wave_memory(p, d.classes) < MAX_MEMORY:
+    if len(set(d.classes)) == 1:
+        tau = tau or max(1, round(50 / 260 * (d.classes[0] // 2)))                   # that of Zhou et al. 2024
+        if tau >= d.classes[0] // 2:
+            raise Refusal(f'--tau {tau}: the frequencies over {d.classes[0]} classes run to {d.classes[0] // 2}, and some must be higher')
+    elif tau:
+        raise Refusal(f'--tau is for tasks of one set of classes, and {path} has {len(set(d.classes))}')
+    if d.modular and wave_memory(p, d.classes) < MAX_MEMORY:
         solver = wave_solver(p, waves(p, d.classes, d.stride))
-    elif d.stride:
+    elif d.modular:
         run.missing.append(f'the waves at p = {p} need {wave_memory(p, d.classes) / 1e9:.0f} GB: nothing about neurons')
     final, arrays = measure(run, run.final, solver)
     key = torch.tensor(final['key_frequencies'], dtype=torch.long) if 'key_frequencies' in final else None
     initial, start = measure(run, run.initial, solver, key)
-    if len(set(d.classes)) == 1:
-        final['tau'] = tau = tau or max(1, round(50 / 260 * (d.classes[0] // 2)))    # that of Zhou et al. 2024
-        if tau >= d.classes[0] // 2:
-            raise Refusal(f'--tau {tau}: the frequencies over {d.classes[0]} classes run to {d.classes[0] // 2}, and some must be higher')
+    if tau:
         rows = run.rows[2][:int(2e8 / sum(d.classes))]
         if len(rows) < len(run.rows[2]):
             run.missing.append(f'the logits of the parts are of {len(rows):,} test rows, to spare memory')
         x, y = d.part(rows)
         for weights, numbers, some in ((run.initial, initial, start), (run.final, final, arrays)):
             run.use(weights, 'weights')
-            parts = components(run.net, x)
-            spectra_numbers, spectra = output(run.net, parts, d.n_ops, tau)
-            numbers |= plain(spectra_numbers)
+            shares, spectra = output(run.net.W_U, components(run.net, x), tau)
+            numbers |= plain(shares)
             some |= spectra
-        final |= plain(filters(run.net, parts, y.flatten(), d.classes[0] if d.stride else None, tau))
+        final |= plain(filters(run.net, components(run.net, x), y.flatten(), d.classes[0] if d.modular else None, tau)) | dict(tau=tau)
     snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
@@ -655,18 +664,18 @@ def analyse_matrix(path):
     W = data.load_matrix(Path(path))
     if len(W) < 8:
         raise Refusal(f'{path} has {len(W)} rows, a spectrum over them needs 8')
-    S, spectrum, null = torch.linalg.svdvals(W), spectrum_over_rows(W), shuffles(W)
-    peaks = outliers(spectrum, null)
-    numbers = dict(rows=len(W), columns=W.shape[1], periods=len(W) / peaks, heights=spectrum[peaks - 1] / spectrum.median(), by_chance=null.max() / spectrum.median())
-    numbers |= {f'n{share}': int((S.cumsum(0) < share / 100 * S.sum()).sum()) + 1 for share in (50, 90)}
+    if not (W - W[0]).any():
+        raise Refusal(f'{path} has the same numbers in all rows')
+    S, (peaks, heights, bar, spectrum, null) = torch.linalg.svdvals(W), outliers(W)
+    numbers = dict(rows=len(W), columns=W.shape[1], periods=len(W) / peaks, prominences=heights[peaks - 1], by_chance=bar, n50=count_to(S, 0.5), n90=count_to(S, 0.9))
     return plain(numbers), dict(spectrum=spectrum, null=null, peaks=peaks, singular_values=S)
 
 
 def matrix_table(path, n):
     """The numbers of `analyse_matrix` as lines of text."""
-    peaks = ', '.join(f'{period:.3g} ({height:.1f} times the median)' for period, height in zip(n['periods'], n['heights'])) or 'none'
-    return '\n'.join([f'{path}: {n["rows"]} rows, {n["columns"]} columns', f'periods that stand out of the spectrum over the rows: {peaks}',
-                      f'  the highest point after {SHUFFLES} shuffles of the rows: {n["by_chance"]:.1f} times the median',
+    peaks = ', '.join(f'{period:.3g} ({height:.3g})' for period, height in zip(n['periods'], n['prominences'])) or 'none'
+    return '\n'.join([f'{path}: {n["rows"]} rows, {n["columns"]} columns', f'periods that stand out of the spectrum over the rows (prominence): {peaks}',
+                      f'  the largest prominence in {SHUFFLES} shuffles of the rows: {n["by_chance"]:.3g}',
                       f'singular values that make 50 % of their sum: {n["n50"]}; 90 %: {n["n90"]}'])
 
 
@@ -678,6 +687,7 @@ LABELS = dict(
     W_E_active='  frequencies of its p-DFT above mean + 2 sd',
     W_E_effective='  effective number of them, of p//2',
     W_E_gini='  Gini of their norms',
+    W_E_periods='  periods that stand out',
     W_pos_pearson='W_pos: Pearson correlation of positions 0 and 1',
     attention_score='heads: +1 attends x0 alone, -1 x1 alone',
     marginals='neurons, share of variance: in x0 or x1 alone',
@@ -722,15 +732,14 @@ LABELS = dict(
     sharp='neurons with more than 85 % at one frequency',
     sharp_mult='  by discrete logarithms',
     low_share='logits, share in low frequencies: "=", heads, MLP',
-    outliers='  frequencies that stand out',
-    W_E_outliers='W_E (digits): frequencies that stand out')
+    periods='  periods that stand out, in classes')
 
 
 def table(numbers):
     """The numbers of a run as lines of text, beside their values at initialisation."""
     def show(v):
         if isinstance(v, list):
-            return ' '.join(','.join(map(str, x)) or '-' if isinstance(x, list) else show(x) for x in v) or '-'
+            return ' '.join(','.join(map(show, x)) or '-' if isinstance(x, list) else show(x) for x in v) or '-'
         return f'{v:,}' if isinstance(v, int) else f'{v:.3g}' if abs(v) < 1000 else f'{v:,.0f}'
     o = numbers['config']
     lines = [f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}', f'{"":52s} {"now":>24s} {"at initialisation":>24s}']
@@ -741,8 +750,9 @@ def table(numbers):
     if 'filters' in numbers['final']:
         n = numbers['final']
         lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]} and {n["left_without_high"]} of {o["d_model"]} dimensions;',
-                  'the last column is the accuracy without as many random ones)', f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in (*SCORES, 'accuracy, random'))]
-        lines += [f'{name:20s}' + ''.join(f'{"-" if v is None else format(v, ".4f"):>21s}' for v in row) for name, row in n['filters'].items()]
+                  'in brackets without as many random ones, mean of three)', f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in SCORES)]
+        for name, (row, null) in n['filters'].items():
+            lines.append(f'{name:20s}' + ''.join(f'{v:12.4f}' + (f' ({null[i]:.4f})' if null else 9 * ' ') for i, v in enumerate(row)))
     order = sorted((g for g in numbers['grokking'] if g['first'] is not None), key=lambda g: g['first'])
     if len(order) > 1:
         lines += ['', 'order of 99 % validation accuracy: ' + ', '.join(g['name'] for g in order)]
@@ -903,7 +913,7 @@ def joined(*names, fmt='.2f'):
 
 def errors_of(*names):
     """Some of SCORES on the test set of a sum without a modulus, joined by a slash."""
-    return lambda r: '/'.join(f'{r["final"]["filters"]["nothing"][SCORES.index(name)]:.3f}' for name in names)
+    return lambda r: '/'.join(f'{r["final"]["filters"]["nothing"][0][SCORES.index(name)]:.3f}' for name in names)
 
 
 def low_share(part):
@@ -913,10 +923,7 @@ def low_share(part):
 
 def standing_out(what):
     """Periods that stand out in W_E over the numbers, or in the logits of the MLP over the classes."""
-    def show(r):
-        n, found = (r['config']['p'], r['final']['W_E_outliers']) if what == 'W_E' else (2 * r['config']['p'] - 1, r['final']['outliers'][-1])
-        return ','.join(f'{n / k:.3g}' for k in found) or 'none'
-    return show
+    return lambda r: ','.join(f'{period:.3g}' for period in (r['final']['W_E_periods'] if what == 'W_E' else r['final']['periods'][-1])) or 'none'
 
 
 def score(extreme):
@@ -1029,7 +1036,7 @@ ADDITION = [  # the same for Zhou et al. 2024
     ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', '?', [
         (EMBEDDED.format('scrambled'), 'random phases instead:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods, 2.3 to 400:', mean_score('test')), (EMBEDDED.format('low'), 'long periods alone, 50 to 521:', mean_score('test'))]),
     ('(x) low frequencies give the magnitude', 'yes', '?', [
-        (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'wrong by 1')), (ADAMW_ADD.format(''), 'AdamW, from scratch:', errors_of('within 2', 'within 10', 'wrong by 1'))]),
+        (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'errors off by 1')), (ADAMW_ADD.format(''), 'AdamW, from scratch:', errors_of('within 2', 'within 10', 'errors off by 1'))]),
     ('(x) from scratch only low frequencies are used', 'yes', '?', [
         (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
     ('(x) no frequency stands out in an embedding learned from scratch', 'none', '?', [
@@ -1070,8 +1077,9 @@ def report():
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
          each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items() if runs[0]['config']['task'] in data.TASKS]))
     if FILTERED in groups:
-        print(table(['taken out', 'paper', *SCORES[:1], 'without as many random directions', *SCORES[1:]], [
-            (name, paper, *(each(groups[FILTERED], lambda r: r['final']['filters'][name][i], '{:.3f}') for i in (0, 5, 1, 2, 3, 4))) for name, paper in FILTERS.items()]))
+        looks = [(score, i, null) for i, score in enumerate(SCORES) for null in ((0, 1) if i in (0, 2) else (0,))]
+        print(table(['taken out', 'paper', *(score + ', random directions' * null for score, _, null in looks)], [
+            (name, paper, *(each(groups[FILTERED], lambda r: (r['final']['filters'][name][null] or [None] * 5)[i], '{:.3f}') for _, i, null in looks)) for name, paper in FILTERS.items()]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
@@ -1106,6 +1114,8 @@ def main(argv):
         raise Refusal(f'--ship takes one run folder, and {args.ship} must not exist yet')
     if args.tau < 0:
         raise Refusal('--tau must not be negative')
+    if args.tau and args.collect:
+        raise Refusal('--tau does not go with --collect: results are compared')
     if args.note and not args.collect:
         raise Refusal('--note goes with --collect')
     for path in map(Path, args.runs):

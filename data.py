@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ class Data(NamedTuple):
     in_loss: torch.Tensor  # (Q,) bool: False where a task is measured but not trained
     stride: int            # waves of interest run in x0 +- stride x1: p for numbers, 1 modulo p; 0 for add, which has no modulus and none
     n_ops: int             # O
+
+    @property
+    def modular(self):
+        return self.stride > 0
 
     def part(self, rows):
         """Tokens (n O, 3) and targets (n, Q) of n pairs. Logits of these tokens, seen as (n, columns), have a block of columns per task."""
@@ -186,16 +191,23 @@ def fourier_features(rows, periods, width, seed=0, scrambled=False):
 def load_matrix(path):
     """The numbers in a .npy or .pt file as a float32 tensor (rows, columns); nothing in it is executed. Raises Refusal if it is not there or
     is anything but one matrix of finite numbers."""
+    if not path.exists():
+        raise Refusal(f'{path} is not there')
+    if path.suffix not in ('.npy', '.pt'):
+        raise Refusal(f'{path} is no .npy or .pt file')
     try:
-        if path.suffix == '.npy':
-            m = torch.from_numpy(numpy.load(path, allow_pickle=False))
-        else:
-            m = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns of files that are refused below
+            m = numpy.load(path, allow_pickle=False) if path.suffix == '.npy' else torch.load(path, map_location='cpu', weights_only=True)
+        what = type(m).__name__
+        m = torch.from_numpy(m.astype(m.dtype.newbyteorder('='))) if path.suffix == '.npy' else m.detach()
         if m.is_complex() or m.layout != torch.strided or m.is_nested or m.is_meta:
             raise TypeError
-        m = m.detach().float()
+        m = m.float()
+    except AttributeError:
+        raise Refusal(f'{path} holds a {what}, not a matrix')
     except Exception as e:  # numpy and torch raise a dozen types here
-        raise Refusal(f'{path} is not there' if not path.exists() else f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
+        raise Refusal(f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
     if m.dim() != 2 or not m.numel():
         raise Refusal(f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
     if not m.isfinite().all():

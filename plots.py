@@ -346,11 +346,11 @@ def components(run):
     spectra, n, C = run.arrays['class_spectra'], run.final, run.classes[0]
     names = ['"="', *(f'head {h}' for h in range(len(spectra) - 2)), 'MLP']
     fig, axes = plt.subplots(len(spectra), 1, figsize=(7.5, 0.4 + 1.05 * len(spectra)), sharex=True)
-    for ax, spectrum, name, peaks, low in zip(axes, spectra, names, n['outliers'], n['low_share']):
+    for ax, spectrum, name, periods, low in zip(axes, spectra, names, n['periods'], n['low_share']):
         k = np.arange(1, len(spectrum) + 1)
         ax.bar(k, spectrum, 1, color=np.where(k <= n['tau'], BLUE, ORANGE))
-        for peak in peaks:
-            ax.annotate(f'{C / peak:.3g}', (peak, spectrum[peak - 1]), ha='center', va='bottom', fontsize=6)
+        for period in periods:
+            ax.annotate(f'{period:.3g}', (C / period, spectrum[round(C / period) - 1]), ha='center', va='bottom', fontsize=6)
         ax.set(ylabel=name, ylim=(0, 1.25 * spectrum.max()))
         ax.text(0.6, 0.8, f'{low:.0%} of its power is low (k ≤ {n["tau"]})', transform=ax.transAxes, ha='center', fontsize=7)
     axes[-1].set_xlabel(f'frequency k over the {C} classes; where it stands out, its period C/k')
@@ -365,9 +365,10 @@ def filters(run):
     y = np.arange(len(rows))
     for ax, columns, title in ((left, (0, 1, 2), 'share of the test set'), (right, (3, 4), 'share of the errors')):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
-            ax.barh(y + 0.27 * (i - 1), [row[column] for row in rows.values()], 0.25, color=colour, label=analyze.SCORES[column])
+            ax.barh(y + 0.27 * (i - 1), [row[column] for row, _ in rows.values()], 0.25, color=colour, label=analyze.SCORES[column])
         ax.set(xlim=(0, 1), title=title)
-    left.plot([np.nan if row[5] is None else row[5] for row in rows.values()], y - 0.27, 'k|', ms=7, label='accuracy without random directions')
+    for i, column in enumerate((0, 1, 2)):
+        left.plot([null[column] if null else np.nan for _, null in rows.values()], y + 0.27 * (i - 1), 'k|', ms=6, label='without random directions' if i == 0 else None)
     for ax in (left, right):
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
     left.set_yticks(y, rows)

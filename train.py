@@ -69,7 +69,7 @@ class Options:
     decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
     lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
     alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
-    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from; or a .npy or .pt file with a row per digit for W_E')
+    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from; or a .npy or .pt file with a row per digit, for W_E alone')
     copy: str = opt('all', 'what to copy: embed = W_E, block = attention and MLP', choices=('embed', 'block', 'all'))
     freeze: bool = opt(False, 'hold what was copied fixed')
     epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
@@ -107,7 +107,7 @@ class Options:
     @property
     def from_file(self):
         """Whether W_E comes from a matrix in a file, not from a run."""
-        return self.init_from.endswith(('.npy', '.pt'))
+        return self.init_from.endswith(('.npy', '.pt')) and not Path(self.init_from).is_dir()
 
     def copied(self):
         """Names of the matrices to copy, None for all."""
@@ -198,6 +198,7 @@ def weights_to_copy(o, model):
         if len(rows) != o.p:
             raise Refusal(f'--init_from {o.init_from}: {len(rows)} rows, one for each of {o.p} digits are needed')
         if rows.shape[1] != o.d_model:  # to the model's width by fixed random directions, which keep lengths and angles, roughly
+            print(f'note: {o.init_from} has {rows.shape[1]} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
             rows = rows @ torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0)) / o.d_model ** 0.5
         return dict(W_E=torch.cat([rows, model.W_E.detach()[o.p:].cpu()]))
     source, out = load(Path(o.init_from, 'ckpt.pt'), ('model', 'config')), {}
@@ -271,7 +272,7 @@ class Run:
         widths = dict.fromkeys(per_task, len(d.classes)) | dict(grad_norm=len(named))
         self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
         self.spectra, self.solver, self.snapshots = {}, None, {}
-        if o.spectra_every and d.stride:
+        if o.spectra_every and d.modular:
             B, n = len(analyze.wave_freqs(d.classes)), -(-o.epochs // o.spectra_every)
             if analyze.wave_memory(o.p, d.classes) > analyze.MAX_MEMORY:
                 raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
@@ -370,7 +371,7 @@ class Run:
         for x, y in self.parts:
             with self.autocast():
                 logits = self.model(x).view(len(y), -1)
-            errors += [] if self.data.stride else [analyze.plain(analyze.errors(logits, y[:, 0]))]
+            errors += [] if self.data.modular else [analyze.plain(analyze.errors(logits, y[:, 0]))]
             out.append(torch.stack(task_losses(logits, y, self.data.classes)[:2]))
         return torch.stack(out).cpu(), errors
 
@@ -642,8 +643,6 @@ def one_run(given):
     params, device = sum(w.numel() for w in run.model.parameters()), device_name(o.device)
     print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
           f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
-    if o.from_file and not o.resume and (columns := data.load_matrix(Path(o.init_from)).shape[1]) != o.d_model:
-        print(f'note: {o.init_from} has {columns} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
     if o.bench:
         return bench(run, o)
     how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {" ".join(o.copied())} frozen' if o.freeze else '')
