@@ -391,8 +391,8 @@ def output(W_U, parts, tau):
 
 def filters(net, parts, y, modulus, tau, draws=3):
     """What a network can do without the low (k <= tau) or the high frequencies over the classes in what its attention, its MLP or both write
-    into the residual stream: SCORES for each (Zhou et al. 2024), and as a null SCORES without as many random directions, the mean of some draws, None if no dimension is left. What
-    attention writes is filtered before the MLP reads it; left_without_*: how many dimensions the filter leaves."""
+    into the residual stream (Zhou et al. 2024). filters: for each SCORES, and as a null SCORES without as many random directions, the mean of some draws, None if no dimension is left.
+    What attention writes is filtered before the MLP reads it. left_without_*: how many dimensions the filter leaves."""
     D, k, g = len(net.W_U), torch.arange(1, net.W_U.shape[1] // 2 + 1), torch.Generator().manual_seed(0)
     everything = torch.eye(D)
 
@@ -405,12 +405,12 @@ def filters(net, parts, y, modulus, tau, draws=3):
     for band, some in (('low', k[:tau]), ('high', k[tau:])):
         tried = [without(net.W_U, some)]                                             # and then the random ones
         left = numbers[f'left_without_{band}'] = round(tried[0].trace().item())
-        for _ in range(draws):
+        for _ in range(draws if left else 0):
             Q = torch.linalg.qr(torch.randn(D, D - left, generator=g)).Q
             tried.append(everything - Q @ Q.T)
         mlp, (attention, both) = scores(everything, *tried), zip(*(scores(P, everything, P) for P in tried))
         for where, (row, *null) in (('MLP', mlp), ('attention', attention), ('both', both)):
-            rows[f'{band} from {where}'] = [row, torch.tensor(null).mean(0) if left else None]
+            rows[f'{band} from {where}'] = [row, torch.tensor(null).mean(0) if null else None]
     return numbers | dict(filters=rows)
 
 
@@ -1029,21 +1029,22 @@ ADAMW_ADD = '--preset paper --task add --train_frac 0.1{} --epochs 10000 --preci
 FILTERS = {'nothing': '.9974', 'low from MLP': '.3589', 'low from attention': '.9912', 'low from both': '.0594',
            'high from MLP': '.9810', 'high from attention': '.7836', 'high from both': '.2708'}  # accuracy in the paper, fine-tuned GPT-2-XL
 ADDITION = [  # the same for Zhou et al. 2024
-    ('(w) from scratch the accuracy is poor, with a frozen pre-trained embedding it is not', '.54; 1.00', '?', [
+    ('(w) from scratch the accuracy is poor, with a frozen pre-trained embedding it is not', '.54; 1.00', 'confirmed with 10 % of the pairs; with 30 % it needs none', [
         (ADD, '10 % of the pairs, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features, frozen:', mean_score('test')),
         (ADAMW_ADD.format(''), 'AdamW, from scratch:', mean_score('test')), (ADAMW_ADD.format(' --init_from features.npy --freeze'), 'AdamW, Fourier features:', mean_score('test')),
         (f'{ADD} --train_frac 0.3', '30 % of the pairs, from scratch:', mean_score('test')), (f'{ADD} {HALF}', '50 %:', mean_score('test'))]),
-    ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', '?', [
+    ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', 'qualified: other periods do as well, long ones alone do not', [
         (EMBEDDED.format('scrambled'), 'random phases instead:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods, 2.3 to 400:', mean_score('test')), (EMBEDDED.format('low'), 'long periods alone, 50 to 521:', mean_score('test'))]),
-    ('(x) low frequencies give the magnitude', 'yes', '?', [
-        (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'errors off by 1')), (ADAMW_ADD.format(''), 'AdamW, from scratch:', errors_of('within 2', 'within 10', 'errors off by 1'))]),
-    ('(x) from scratch only low frequencies are used', 'yes', '?', [
-        (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
-    ('(x) no frequency stands out in an embedding learned from scratch', 'none', '?', [
+    ('(x) low frequencies give the magnitude', 'yes', 'confirmed', [
+        (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'errors off by 1')), *(
+            (options, words, errors_of('within 2', 'within 10', 'errors off by 1')) for options, words in ((ADAMW_ADD.format(''), 'AdamW, from scratch:'), (ADD, 'Muon:'), (EMBEDDED.format('scrambled'), 'random phases:')))]),
+    ('(x) from scratch only low frequencies are used', 'yes', 'qualified: mostly by AdamW, not by Muon, nor with more pairs', [
+        (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (f'{ADD} {HALF}', '50 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
+    ('(x) no frequency stands out in an embedding learned from scratch', 'none', 'qualified: at most a weak one by AdamW; with 30 % and more clear ones', [
         (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('W_E')), (ADD, 'Muon:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
-    ('(x) and in the logits of its MLP', '-', '?', [
+    ('(x) and in the logits of its MLP', '-', 'with more pairs the periods of its W_E', [
         (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
-    ('(y) the MLP has the low frequencies, attention the high ones', 'yes', '?', [
+    ('(y) the MLP has the low frequencies, attention the high ones', 'yes', 'not confirmed: both have both', [
         (EMBEDDED.format('features'), 'low share, heads:', low_share('heads')), (EMBEDDED.format('features'), 'MLP:', low_share('MLP')), (FILTERED, 'd_model 544, heads:', low_share('heads')), (FILTERED, 'MLP:', low_share('MLP'))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
