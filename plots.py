@@ -143,8 +143,8 @@ def spectrum(path):
     ax.plot(k, norms, c=BLUE, label='in their order')
     for peak, period in zip(a['peaks'], n['periods']):
         ax.annotate(f'{period:.3g}', (peak, norms[peak - 1]), ha='center', va='bottom', fontsize=7)
-    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.15 * max(norms.max(), 1e-30)))
-    ax.legend(loc='upper center')
+    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.35 * norms.max()))
+    ax.legend(loc='upper right', ncols=2)
     right.plot(np.arange(1, len(s) + 1), s, c=BLUE)
     right.set(xlabel='index', title='singular values', ylim=(0, None))
     fig.suptitle(f'{Path(path).name}: {n["rows"]} rows, {n["columns"]} columns'.replace('$', r'\$'))
