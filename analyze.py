@@ -110,20 +110,24 @@ def spectrum_over_rows(W):
 SHUFFLES = 50
 
 
+def without_line(W):
+    """W (n, D) less the straight line over the rows that fits each column best: (n, D)."""
+    line = torch.linalg.qr(torch.stack([torch.ones(len(W)), torch.arange(len(W)) - (len(W) - 1) / 2], 1)).Q
+    return W - line @ (line.T @ W)
+
+
 def outliers(W, spectrum=spectrum_over_rows):
-    """The frequencies k = 2 .. n//2 that stand out in the spectrum over the rows of W (n, D), against SHUFFLES shuffles of the rows: the prominence
-    is larger than any of theirs, which by chance happens to one spectrum in fifty. Each column's straight line over the rows is taken out first, and k = 1 is left
-    out: any trend has it. As a shuffle spreads all power evenly, a few strong frequencies can hide weak ones.
+    """The frequencies k = 2 .. n//2 that stand out in the spectrum over the rows of W (n, D), after `without_line`, against SHUFFLES shuffles of the rows:
+    the prominence is larger than any of theirs, which by chance happens to two or three spectra in a hundred. k = 1 is left out: any trend has it. As a
+    shuffle spreads all power evenly, a few strong frequencies can hide weak ones.
 
     -> k (N,), all prominences (n//2,), the largest by chance, spectrum (n//2,), those of the shuffles (SHUFFLES, n//2).
     """
-    line = torch.linalg.qr(torch.stack([torch.ones(len(W)), torch.arange(len(W)) - (len(W) - 1) / 2], 1)).Q
-    W, g = W - line @ (line.T @ W), torch.Generator().manual_seed(0)
-    own, null = spectrum(W), torch.stack([spectrum(W[torch.randperm(len(W), generator=g)]) for _ in range(SHUFFLES)])
-    heights, bar = prominences(own), max(prominences(s).max() for s in null)
-    high = heights > bar
-    high[0] = False
-    return high.nonzero().flatten() + 1, heights, bar, own, null
+    W, g = without_line(W), torch.Generator().manual_seed(0)
+    own, null = spectrum(W), torch.stack([spectrum(without_line(W[torch.randperm(len(W), generator=g)])) for _ in range(SHUFFLES)])
+    heights, *chance = (prominences(s).index_fill(0, torch.tensor(0), 0) for s in (own, *null))
+    bar = torch.stack(chance).max()
+    return (heights > bar).nonzero().flatten() + 1, heights, bar, own, null
 
 
 def count_to(S, share):
@@ -749,7 +753,7 @@ def table(numbers):
             lines += [f'{label:52s} {now:>24s} {then:>24s}'] if max(len(now), len(then)) <= 24 else [f'{label:52s} {now}', f'{"    at initialisation":52s} {then}']
     if 'filters' in numbers['final']:
         n = numbers['final']
-        lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]} and {n["left_without_high"]} of {o["d_model"]} dimensions;',
+        lines += ['', f'test set, without the low (k <= {n["tau"]}) or high frequencies of the logits in what a part writes (that leaves {n["left_without_low"]} and {n["left_without_high"]} of {o["d_model"]} dimensions, with 0 nothing of the part;',
                   'in brackets without as many random ones, mean of three)', f'{"taken out":20s}' + ''.join(f'{name:>21s}' for name in SCORES)]
         for name, (row, null) in n['filters'].items():
             lines.append(f'{name:20s}' + ''.join(f'{v:12.4f}' + (f' ({null[i]:.4f})' if null else 9 * ' ') for i, v in enumerate(row)))
@@ -911,9 +915,9 @@ def joined(*names, fmt='.2f'):
     return lambda r: '/'.join(show(r['final'][n]) for n in names)
 
 
-def errors_of(*names):
-    """Some of SCORES on the test set of a sum without a modulus, joined by a slash."""
-    return lambda r: '/'.join(f'{r["final"]["filters"]["nothing"][0][SCORES.index(name)]:.3f}' for name in names)
+def errors_of(*names, without='nothing'):
+    """Some of SCORES on the test set of a sum without a modulus, after one of the filters, joined by a slash."""
+    return lambda r: '/'.join(f'{r["final"]["filters"][without][0][SCORES.index(name)]:.3f}' for name in names)
 
 
 def low_share(part):
@@ -1042,10 +1046,13 @@ ADDITION = [  # the same for Zhou et al. 2024
         (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (f'{ADD} {HALF}', '50 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
     ('(x) no frequency stands out in an embedding learned from scratch', 'none', 'qualified: at most a weak one by AdamW; with 30 % and more clear ones', [
         (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('W_E')), (ADD, 'Muon:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
-    ('(x) and in the logits of its MLP', '-', 'with more pairs the periods of its W_E', [
-        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
-    ('(y) the MLP has the low frequencies, attention the high ones', 'yes', 'not confirmed: both have both', [
+    ('(x) and in the logits of its MLP', '-', 'with more pairs several, most of them of its W_E, too', [
+        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (f'{ADD} {HALF}', '50 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
+    ('(y) the MLP has the low frequencies, attention the high ones', 'yes', 'not confirmed: both have both, the MLP somewhat more of the low', [
         (EMBEDDED.format('features'), 'low share, heads:', low_share('heads')), (EMBEDDED.format('features'), 'MLP:', low_share('MLP')), (FILTERED, 'd_model 544, heads:', low_share('heads')), (FILTERED, 'MLP:', low_share('MLP'))]),
+    ('(y) without the low frequencies of the MLP the size is lost', 'yes', 'confirmed; the last digit stays with decimal periods', [
+        (options, words, errors_of('accuracy', 'within 10', 'errors off by tens', without='low from MLP')) for options, words in (
+            (EMBEDDED.format('features'), 'accuracy/within 10/share of the errors off by tens, Fourier features:'), (EMBEDDED.format('periods'), 'other periods:'), (f'{ADD} --train_frac 0.3', 'from scratch, 30 %:'))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),
@@ -1126,6 +1133,7 @@ def main(argv):
             print(f'note: {line}')
         if args.collect:
             collect(path, numbers, args.note)
+            print(f'{path} is in {RESULTS} now')
         if args.ship:
             ship(path, Path(args.ship))
     if args.report:

@@ -211,7 +211,7 @@ def load_matrix(path):
     if m.dim() != 2 or not m.numel():
         raise Refusal(f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
     if not m.isfinite().all():
-        raise Refusal(f'{path} has numbers that are not finite')
+        raise Refusal(f'{path} has numbers that are not finite in float32')
     return m
 
 

@@ -99,6 +99,8 @@ class Options:
             raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
         if not self.init_from and (self.freeze or self.copy != 'all'):
             raise Refusal('--copy and --freeze go with --init_from')
+        if self.init_from and not self.from_file and Path(self.init_from).is_file():
+            raise Refusal(f'--init_from {self.init_from} is neither a run folder nor a .npy or .pt file')
         if self.from_file and self.copy == 'block':
             raise Refusal('--init_from with a file is for W_E: --copy embed')
         if self.freeze and self.copied() is None:
