@@ -620,7 +620,7 @@ def omega(run, snaps):
     return dict(omega_epoch=epochs, omega_counts=[at[e][0] for e in epochs], omega_spectrum=[at[e][1] for e in epochs]) if at else {}
 
 
-def analyse(path, tau=None):
+def analyse(path, tau=0):
     """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz. Sets
     the precision of torch's float32 products, see `set_precision`."""
     set_precision('cpu', 'float32')
@@ -646,10 +646,12 @@ def analyse(path, tau=None):
         x, y = d.part(rows)
         for weights, numbers, some in ((run.initial, initial, start), (run.final, final, arrays)):
             run.use(weights, 'weights')
-            shares, spectra = output(run.net.W_U, components(run.net, x), tau)
+            parts = components(run.net, x)
+            shares, spectra = output(run.net.W_U, parts, tau)
             numbers |= plain(shares)
             some |= spectra
-        final |= plain(filters(run.net, components(run.net, x), y.flatten(), d.classes[0] if d.modular else None, tau)) | dict(tau=tau)
+        # the loop has left the final weights in the network, and their parts
+        final |= plain(filters(run.net, parts, y.flatten(), d.classes[0] if d.modular else None, tau)) | dict(tau=tau)
     snaps = over_snapshots(run, solver, key) if len(run.snapshots) > 1 else run.shipped
     arrays |= {f'{k}_initial': start[k] for k in ('singular_values', 'W_E_norms', 'wave_shares') if k in start} | snaps
     if solver:
@@ -816,7 +818,7 @@ def result(path, numbers, note=''):
     omega = {str(e): row.tolist() for e, row in zip(a.get('omega_epoch', []), a.get('omega_counts', [])) if e in (256, 1024, 4096, 16384, s['epochs'])}
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
     if s['config']['task'] not in data.TASKS or s['config']['task'] == 'add':
-        initial, omega = {}, {}  # of formulas only the end is told
+        initial, omega = {}, {}  # of formulas and of sums without a modulus only the end is told
     return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
@@ -1028,6 +1030,7 @@ POLYNOMIALS = [  # the same for Furuta et al. 2024
 ]
 ADD = '--preset fast --task add'
 EMBEDDED = ADD + ' --init_from {}.npy --freeze'
+ADD_30, ADD_50 = (f'{ADD} --train_frac {share}' for share in (0.3, 0.5))
 FILTERED = ADD + ' --d_model 544 --init_from features544.npy --freeze'
 ADAMW_ADD = '--preset paper --task add --train_frac 0.1{} --epochs 10000 --precision bfloat16'
 FILTERS = {'nothing': '.9974', 'low from MLP': '.3589', 'low from attention': '.9912', 'low from both': '.0594',
@@ -1036,23 +1039,23 @@ ADDITION = [  # the same for Zhou et al. 2024
     ('(w) from scratch the accuracy is poor, with a frozen pre-trained embedding it is not', '.54; 1.00', 'confirmed with 10 % of the pairs; with 30 % it needs none', [
         (ADD, '10 % of the pairs, from scratch:', mean_score('test')), (EMBEDDED.format('features'), 'Fourier features, frozen:', mean_score('test')),
         (ADAMW_ADD.format(''), 'AdamW, from scratch:', mean_score('test')), (ADAMW_ADD.format(' --init_from features.npy --freeze'), 'AdamW, Fourier features:', mean_score('test')),
-        (f'{ADD} --train_frac 0.3', '30 % of the pairs, from scratch:', mean_score('test')), (f'{ADD} {HALF}', '50 %:', mean_score('test'))]),
+        (ADD_30, '30 % of the pairs, from scratch:', mean_score('test')), (ADD_50, '50 %:', mean_score('test'))]),
     ('(w) what helps are the periods of that embedding', '2, 2.5, 5, 10', 'qualified: other periods do as well, long ones alone do not', [
         (EMBEDDED.format('scrambled'), 'random phases instead:', mean_score('test')), (EMBEDDED.format('periods'), 'other periods, 2.3 to 400:', mean_score('test')), (EMBEDDED.format('low'), 'long periods alone, 50 to 521:', mean_score('test'))]),
     ('(x) low frequencies give the magnitude', 'yes', 'confirmed', [
         (EMBEDDED.format('low'), 'within 2/within 10/share of the errors off by 1, long periods alone:', errors_of('within 2', 'within 10', 'errors off by 1')), *(
             (options, words, errors_of('within 2', 'within 10', 'errors off by 1')) for options, words in ((ADAMW_ADD.format(''), 'AdamW, from scratch:'), (ADD, 'Muon:'), (EMBEDDED.format('scrambled'), 'random phases:')))]),
     ('(x) from scratch only low frequencies are used', 'yes', 'qualified: mostly by AdamW, not by Muon, nor with more pairs', [
-        (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', low_share('MLP')), (f'{ADD} {HALF}', '50 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
+        (ADAMW_ADD.format(''), "low share of the MLP's logits, AdamW:", low_share('MLP')), (ADD, 'Muon:', low_share('MLP')), (ADD_30, '30 %:', low_share('MLP')), (ADD_50, '50 %:', low_share('MLP')), (EMBEDDED.format('features'), 'Fourier features:', low_share('MLP'))]),
     ('(x) no frequency stands out in an embedding learned from scratch', 'none', 'qualified: at most a weak one by AdamW; with 30 % and more clear ones', [
-        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('W_E')), (ADD, 'Muon:', standing_out('W_E')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('W_E')), (f'{ADD} {HALF}', '50 %:', standing_out('W_E'))]),
+        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('W_E')), (ADD, 'Muon:', standing_out('W_E')), (ADD_30, '30 %:', standing_out('W_E')), (ADD_50, '50 %:', standing_out('W_E'))]),
     ('(x) and in the logits of its MLP', '-', 'with more pairs several, most of them of its W_E, too', [
-        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (f'{ADD} --train_frac 0.3', '30 %:', standing_out('MLP')), (f'{ADD} {HALF}', '50 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
+        (ADAMW_ADD.format(''), 'periods, AdamW:', standing_out('MLP')), (ADD, 'Muon:', standing_out('MLP')), (ADD_30, '30 %:', standing_out('MLP')), (ADD_50, '50 %:', standing_out('MLP')), (EMBEDDED.format('features'), 'Fourier features:', standing_out('MLP'))]),
     ('(y) the MLP has the low frequencies, attention the high ones', 'yes', 'not confirmed: both have both, the MLP somewhat more of the low', [
         (EMBEDDED.format('features'), 'low share, heads:', low_share('heads')), (EMBEDDED.format('features'), 'MLP:', low_share('MLP')), (FILTERED, 'd_model 544, heads:', low_share('heads')), (FILTERED, 'MLP:', low_share('MLP'))]),
     ('(y) without the low frequencies of the MLP the size is lost', 'yes', 'confirmed; the last digit stays with decimal periods', [
         (options, words, errors_of('accuracy', 'within 10', 'errors off by tens', without='low from MLP')) for options, words in (
-            (EMBEDDED.format('features'), 'accuracy/within 10/share of the errors off by tens, Fourier features:'), (EMBEDDED.format('periods'), 'other periods:'), (f'{ADD} --train_frac 0.3', 'from scratch, 30 %:'))]),
+            (EMBEDDED.format('features'), 'accuracy/within 10/share of the errors off by tens, Fourier features:'), (EMBEDDED.format('periods'), 'other periods:'), (ADD_30, 'from scratch, 30 %:'))]),
 ]
 NETWORKS = [  # name, options, weights at the end or at the start
     ('29 tasks, 80 % of the numbers', FULL, 'final'), ('29 tasks, 50 %', FAST, 'final'), ("29 tasks, 30 %, the paper's settings", PAPER, 'final'), ('masked', MASKED, 'final'),

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from typing import NamedTuple
 
-import numpy
+import numpy as np
 import torch
 
 TASKS = ('miiii', 'nanda', 'basis', 'masked', 'add')
@@ -198,16 +198,17 @@ def load_matrix(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of files that are refused below
-            m = numpy.load(path, allow_pickle=False) if path.suffix == '.npy' else torch.load(path, map_location='cpu', weights_only=True)
-        what = type(m).__name__
-        m = torch.from_numpy(m.astype(m.dtype.newbyteorder('='))) if path.suffix == '.npy' else m.detach()
-        if m.is_complex() or m.layout != torch.strided or m.is_nested or m.is_meta:
-            raise TypeError
-        m = m.float()
-    except AttributeError:
-        raise Refusal(f'{path} holds a {what}, not a matrix')
+            m = np.load(path, allow_pickle=False) if path.suffix == '.npy' else torch.load(path, map_location='cpu', weights_only=True)
+        if isinstance(m, np.ndarray):
+            m = torch.from_numpy(m.astype(m.dtype.newbyteorder('=')))
+        if isinstance(m, torch.Tensor):
+            if m.is_complex() or m.layout != torch.strided or m.is_nested or m.is_meta:
+                raise TypeError
+            m = m.detach().float()
     except Exception as e:  # numpy and torch raise a dozen types here
         raise Refusal(f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
+    if not isinstance(m, torch.Tensor):
+        raise Refusal(f'{path} holds a {type(m).__name__}, not a matrix')
     if m.dim() != 2 or not m.numel():
         raise Refusal(f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
     if not m.isfinite().all():
