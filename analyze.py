@@ -25,7 +25,7 @@ import torch
 
 import data
 from data import Refusal, load, refuse, write
-from model import Transformer, set_precision, task_losses
+from model import Transformer, fast_cpu, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- spectra
@@ -176,6 +176,14 @@ def wave_solver(p, basis):
     gram = inter @ inter.T  # normalised, its eigenvalues run from .048 to 2.02 at p = 113: float32 does
     gram += torch.diag((gram.diagonal() < 1e-3).to(gram.dtype))  # a wave that vanishes has b = c = 0
     return inter, gram, torch.linalg.inv(gram)
+
+
+def solver_for(p, d):
+    """`wave_solver` for the data d. Raises Refusal where it would need too much memory."""
+    size = wave_memory(p, d.classes)
+    if size > MAX_MEMORY:
+        raise Refusal(f'the spectra at p = {p} need {size / 1e9:.0f} GB; --spectra_every 0 does without')
+    return wave_solver(p, waves(p, d.classes, d.stride))
 
 
 def varies(neurons):
@@ -492,9 +500,8 @@ class Folder:
             self.p, self.epoch = o['p'], int(ckpt['step'])
             self.data = data.make(o['task'], self.p, o['data_seed'])
             self.rows = data.split(self.p ** 2, o['train_frac'], o['data_seed'])
-            torch.manual_seed(o['seed'])
-            n_ops = self.data.n_ops
-            self.net = Transformer(self.p, o['d_model'], o['n_heads'], sum(self.data.classes) // n_ops, n_ops).requires_grad_(False)  # train.py starts there
+            torch.manual_seed(o['seed'])  # train.py starts there
+            self.net = Transformer.of(self.data, self.p, o['d_model'], o['n_heads'], o.get('init', 'he')).requires_grad_(False)
         except Exception as e:
             raise Refusal(f'{path}/ckpt.pt is not of this program: {" ".join(repr(e).split())[:150]}')
         self.initial = {n: w.clone() for n, w in self.net.state_dict().items()}
@@ -558,7 +565,7 @@ def measure(run, weights, solver, key=None):
     if len(d.classes) == 1 and torch.equal(d.y[:, 0], (d.x[:, 0] + d.x[:, 1]) % p):
         parts.append(mechanism(logits, d, run.rows[0], key))
     for part, rows in zip(('train', 'valid'), run.rows):
-        loss, acc, _ = task_losses(logits[rows], d.y[rows], d.classes)
+        loss, acc = task_losses(logits[rows], d.y[rows], d.classes)
         parts.append(({f'{part}_losses': loss, f'{part}_accuracies': acc}, {}))
     numbers, arrays = {}, {}
     for some_numbers, some_arrays in parts:
@@ -621,9 +628,8 @@ def omega(run, snaps):
 
 
 def analyse(path, tau=0):
-    """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz. Sets
-    the precision of torch's float32 products, see `set_precision`."""
-    set_precision('cpu', 'float32')
+    """One run folder -> its numbers, written to analysis.json, and notes on what is missing; its arrays go to analysis.npz."""
+    fast_cpu()
     run = Folder(path)
     d, p, solver = run.data, run.p, None
     if len(set(d.classes)) == 1:
@@ -658,9 +664,8 @@ def analyse(path, tau=0):
         arrays |= omega(run, snaps)
     numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, grokking=grokking(run, final, snaps))
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
-    np.savez(buffer := io.BytesIO(), **{k: np.asarray(v) for k, v in arrays.items()})
-    write(run.path / 'analysis.npz', buffer.getvalue())
-    write(run.path / 'analysis.json', json.dumps(numbers, indent=1).encode())
+    write(run.path / 'analysis.npz', lambda f: np.savez(f, **{k: np.asarray(v) for k, v in arrays.items()}))
+    write(run.path / 'analysis.json', lambda f: f.write(json.dumps(numbers, indent=1).encode()))
     return numbers, run.missing
 
 
@@ -791,10 +796,9 @@ def ship(path, to):
             mantissa, exponent = np.frexp(v)
             records[name] = np.ldexp(np.round(mantissa * 4096) / 4096, exponent).astype(np.float32)
     for name, content in (('metrics', records), ('snapshots', {k: v for k, v in arrays.items() if k.startswith('snapshot_')})):
-        np.savez_compressed(buffer := io.BytesIO(), **content)
-        write(to / f'{name}.npz', buffer.getvalue())
-    write(to / 'summary.json', json.dumps(summary | dict(config=ckpt['config']), indent=1).encode())
-    write(to / 'ckpt.pt', ckpt)
+        write(to / f'{name}.npz', lambda f: np.savez_compressed(f, **content))
+    write(to / 'summary.json', lambda f: f.write(json.dumps(summary | dict(config=ckpt['config']), indent=1).encode()))
+    write(to / 'ckpt.pt', lambda f: torch.save(ckpt, f))
 
 
 def rounded(v):
@@ -848,7 +852,8 @@ def results():
 def collect(path, numbers, note):
     """Add a run to the results, in the place of one with the same options, seeds and note."""
     runs = {(command(r['config'], r['note']), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), result(path, numbers, note)]}
-    write(RESULTS, ('[\n' + ',\n'.join(json.dumps(runs[key]) for key in sorted(runs)) + '\n]\n').encode())
+    lines = ',\n'.join(json.dumps(runs[key]) for key in sorted(runs))
+    write(RESULTS, lambda f: f.write(f'[\n{lines}\n]\n'.encode()))
 
 
 # ways to look at a result; each gives one value

@@ -536,12 +536,11 @@ def main(argv):
             if draw:
                 figure = draw(given) if given else draw()
                 for kind in ('svg', 'png'):
-                    figure.savefig(buffer := io.BytesIO(), format=kind)
-                    write(file.with_suffix(f'.{kind}'), buffer.getvalue())
+                    write(file.with_suffix(f'.{kind}'), lambda f: figure.savefig(f, format=kind))
             else:
                 with tempfile.TemporaryDirectory() as beside:
                     animate(given[0], name).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
-                    write(file, Path(beside, 'a.gif').read_bytes())
+                    write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
             plt.close('all')
             drawn += 1
             print(file, flush=True)

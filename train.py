@@ -1,25 +1,16 @@
 """Train a one-layer transformer on modular arithmetic, full batch, until it groks. One run, one folder.
 
-    python train.py                           # 29 tasks at once, p = 113: the paper's run with a GPU, a fast recipe without
-    python train.py --task nanda              # modular addition
-    python train.py --task "a^2+b"            # any polynomial in a and b mod p; several, as "a+b,a*b", share one network
-    python train.py --resume --out out/miiii  # go on where a run stopped
-    python train.py --bench 50                # how fast, and how close to the matrix-product limit
-    python train.py --sweep 20                # 20 settings of the paper's grid, ranked; the same command again goes on with it
-    torchrun --nproc_per_node 8 train.py --sweep 384  # all of them, a GPU for each process (not run on GPUs yet)
-    python train.py --help                    # every option with the paper's value; at its end what each preset changes
-
-Without a GPU the first ends after 6 to 6.5 minutes on 2 cores (x86-64 with bfloat16 arithmetic, torch 2.13.0) at a mean validation
-accuracy of .990 to .995 (3 seeds), the second after 26 seconds at 1.0 (3 seeds). On a GPU: not run yet.
+    python train.py                            # 29 tasks at once, p = 113, by a fast recipe
+    python train.py --preset paper             # the same by the paper's recipe
+    python train.py --task nanda               # modular addition
+    python train.py --task "a^2+b"             # any polynomial in a and b mod p; "a+b,a*b" share one network
+    python train.py --resume --out out/miiii   # go on where a run stopped
+    python train.py --bench 50                 # how fast
+    python train.py --sweep 20 --preset paper  # 20 settings of the paper's grid; once more goes on with them
+    torchrun --nproc_per_node 8 train.py --sweep 384 --preset paper    # a GPU for each process (not run)
 """
-import time
-STARTED = time.perf_counter()  # before torch, which takes seconds
-
 import argparse
-import csv
-import dataclasses
-import difflib
-import io
+import contextlib
 import itertools
 import json
 import math
@@ -29,754 +20,587 @@ import shlex
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, where run folders are not locked
+    fcntl = None
+
 import numpy as np
 import torch
+from torch.utils import benchmark
 
 import analyze
 import data
-from data import Refusal, load, refuse, write
-from model import Muon, Transformer, flop_per_row, fused_losses, set_precision, task_losses
+from data import Refusal, need, refuse
+from model import FAN_IN, Muon, Transformer, captured, fast_cpu, task_losses
+
+# ---------------------------------------------------------------- options
+# The defaults are the fast recipe for the 29 tasks; PRESETS says what other recipes change.
+
+OPTIONS = {}  # name: (default, help, choices)
 
 
-# ---------------------------------------------------------------------------------------------------- options
-
-def opt(default, help, **limits):
-    return dataclasses.field(default=default, metadata=dict(help=help, **limits))
+def option(name, default, help, *choices):
+    OPTIONS[name] = default, help, choices
 
 
-@dataclass(frozen=True)
-class Options:
-    """The defaults are the paper's run (Syrkis & Sogaard 2024, Table 2); PRESETS below says what else is meant by a name."""
-    task: str = opt('miiii', f'what to learn: {", ".join(data.TASKS)}, or formulas in a and b between commas, as "a^2+b,a*(b-1)" (--task=-a+b if it begins with a minus); '
-                    'a name for several: ' + ', '.join(data.FAMILIES))
-    p: int = opt(113, 'prime base, for add any number; the inputs are all p^2 pairs of digits', lo=5, hi=1000)
-    train_frac: float = opt(0.3, 'share of the inputs to train on', lo=0, hi=1)
-    seed: int = opt(0, 'seed of initial weights and dropout', lo=0, hi=2**32 - 1)
-    data_seed: int = opt(0, 'seed of the split (and of the shuffle in basis)', lo=0, hi=2**32 - 1)
-    d_model: int = opt(256, 'width D; the MLP has 4D neurons', lo=1, hi=2**14)
-    n_heads: int = opt(4, 'attention heads; must divide d_model', lo=1, hi=2**14)
-    dropout: float = opt(0.1, 'share of the residual stream dropped after each of the two adds', lo=0, hi=0.99)
-    dropout_mask: str = opt('example', 'one mask per example, or one per step for the whole batch', choices=('example', 'batch'))
-    optimizer: str = opt('adamw', 'adamw for all matrices, or muon for all but W_E and W_pos', choices=('adamw', 'muon'))
-    lr: float = opt(3e-4, 'learning rate of AdamW', lo=0, hi=10)
-    weight_decay: float = opt(1 / 3, 'decoupled weight decay of AdamW', lo=0, hi=100)
-    muon_lr: float = opt(0.05, 'learning rate of Muon', lo=0, hi=10)
-    muon_decay: float = opt(0.1, 'decoupled weight decay of Muon', lo=0, hi=100)
-    decay_from: float = opt(1.0, 'share of the epochs after which the learning rates fall linearly to zero; 1 = never', lo=0, hi=1)
-    lamb: float = opt(0.5, 'gain of the gradient filter, 0 = off', lo=0, hi=100)
-    alpha: float = opt(0.98, 'memory of the gradient filter', lo=0, hi=1)
-    init_from: str = opt('', 'run folder of the same p, size and number of operations to copy weights from; or a .npy or .pt file with a row per digit, for W_E alone')
-    copy: str = opt('all', 'what to copy: embed = W_E, block = attention and MLP', choices=('embed', 'block', 'all'))
-    freeze: bool = opt(False, 'hold what was copied fixed')
-    epochs: int = opt(65536, 'full-batch steps', lo=1, hi=10**7)
-    precision: str = opt('tf32', 'of matrix products; weights and loss are float32 always, and tf32 is float32 without CUDA',
-                         choices=('float32', 'tf32', 'bfloat16'))
-    spectra_every: int = opt(256, 'record the spectra of all neurons every so many epochs, 0 = never (add has none)', lo=0, hi=10**7)
-    snapshots: int = opt(2, 'weight snapshots per doubling of the epoch, 0 = none', lo=0, hi=64)
-    preset: str = opt('auto', 'paper or fast recipe; auto = paper with CUDA, fast without', choices=('auto', 'paper', 'fast'))
-    device: str = opt('auto', 'auto, cpu, cuda or cuda:N')
-    compile: str = opt('auto', 'compile the model, on CUDA also the loss, and capture the step as a graph; auto = on CUDA (a CPU gains little)',
-                       choices=('auto', 'on', 'off'))
-    out: str = opt('', 'run folder, out/TASK if not given')
-    resume: bool = opt(False, 'go on with the run in the folder; its own options hold')
-    bench: int = opt(0, 'time so many epochs instead, save nothing; 0 = train', lo=0, hi=10**6)
-    sweep: int = opt(0, 'train so many settings drawn from a grid (by --seed), a folder each, and rank them; around the paper preset unless --preset fast; 0 = one run', lo=0, hi=10**5)
-    sweep_space: str = opt('dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 lr=3e-4,1e-4 n_heads=4,8',
-                           'grid of the sweep, as option=value,value; the default is the paper\'s (Table 1), less the options given by themselves')
+option('task', 'miiii', ', '.join((*data.TASKS, *data.FAMILIES)) + ', or formulas as "a^2+b,a*(b-1)"')
+option('p', 113, 'prime base, for add any number; the inputs are all p^2 pairs of digits')
+option('train_frac', 0.5, 'share of the pairs to train on')
+option('seed', 0, 'seed of initial weights and dropout')
+option('data_seed', 0, 'seed of the split (and of the shuffle in basis)')
+option('d_model', 256, 'width D; the MLP has 4D neurons')
+option('n_heads', 4, 'attention heads; must divide d_model')
+option('init', 'he', 'initial scale: by the text of the paper, or by its code', *FAN_IN)
+option('dropout', 0.1, 'share of the residual stream dropped after attention and after the MLP')
+option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
+option('init_from', '', 'start from the weights of another run folder, or W_E from a .npy or .pt file')
+option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
+option('freeze', False, 'hold what was copied fixed')
+option('optimizer', 'muon', 'adamw for all matrices, or muon for all but W_E and W_pos', 'adamw', 'muon')
+option('lr', 1e-2, 'learning rate of AdamW')
+option('weight_decay', 1.0, 'decoupled weight decay of AdamW')
+option('muon_lr', 0.05, 'learning rate of Muon')
+option('muon_decay', 0.1, 'decoupled weight decay of Muon')
+option('decay_from', 0.4, 'share of the epochs after which the rates fall linearly to zero; 1 = never')
+option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
+option('alpha', 0.98, 'memory of the gradient filter')
+option('epochs', 3000, 'full-batch steps')
+option('precision', 'tf32', 'of matrix products; tf32 is float32 on a CPU', 'float32', 'tf32', 'bfloat16')
+option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (add has none)')
+option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
+option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper')
+option('device', 'auto', 'auto, cpu, cuda or cuda:N')
+option('compile', 'auto', 'torch.compile, and on CUDA one graph per epoch; auto = on CUDA', 'auto', 'on', 'off')
+option('out', '', 'run folder; out/TASK if not given')
+option('resume', False, 'go on with the run in the folder; its own options hold')
+option('bench', 0, 'time so many epochs instead, and save nothing')
+option('sweep', 0, 'train so many settings drawn from a grid by --seed, a folder each, and rank them')
+option('sweep_space', 'dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 '
+                      'lr=3e-4,1e-4 n_heads=4,8', 'grid of the sweep; an option given by itself leaves it')
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            v, lo, hi = getattr(self, f.name), f.metadata.get('lo', -math.inf), f.metadata.get('hi', math.inf)
-            if not isinstance(v, (f.type, int) if f.type is float else f.type) or v not in f.metadata.get('choices', [v]):
-                raise Refusal(f'--{f.name} cannot be {v!r}')
-            if f.type in (int, float) and not lo <= v <= hi:
-                raise Refusal(f'--{f.name} must lie between {lo} and {hi}, not {v}')
-        if self.d_model % self.n_heads:
-            raise Refusal(f'd_model {self.d_model} is not divisible by n_heads {self.n_heads}')
-        if not self.init_from and (self.freeze or self.copy != 'all'):
-            raise Refusal('--copy and --freeze go with --init_from')
-        if self.init_from and not self.from_file and Path(self.init_from).is_file():
-            raise Refusal(f'--init_from {self.init_from} is neither a run folder nor a .npy or .pt file')
-        if self.from_file and self.copy == 'block':
-            raise Refusal('--init_from with a file is for W_E: --copy embed')
-        if self.freeze and self.copied() is None:
-            raise Refusal('--freeze with --copy all leaves nothing to train')
+DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
+HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
+AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, decay_from=1, alpha=1, d_model=2 ** 14, epochs=10 ** 7)
 
-    @property
-    def from_file(self):
-        """Whether W_E comes from a matrix in a file, not from a run."""
-        return self.init_from.endswith(('.npy', '.pt')) and not Path(self.init_from).is_dir()
+SMALL = dict(train_frac=0.3, d_model=128, spectra_every=256)
+FAST_NANDA = SMALL | dict(muon_decay=0.3, epochs=1000)
+PAPER = dict(train_frac=0.3, optimizer='adamw', lr=3e-4, weight_decay=1 / 3, decay_from=1.0, lamb=0.5,
+             epochs=65536, spectra_every=256)
+PAPER_NANDA = PAPER | SMALL | dict(dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
+PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
+    fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
+              add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
+    paper=dict(miiii=PAPER, nanda=PAPER_NANDA, formula=PAPER_NANDA | dict(p=97),
+               add=PAPER_NANDA | dict(p=261)))
 
-    def copied(self):
-        """Names of the matrices to copy, None for all."""
-        return COPIED.get('embed' if self.from_file else self.copy)
-
-
-MUON = dict(optimizer='muon', lamb=0.0, precision='bfloat16')
-NANDA = dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
-FAST_NANDA = dict(MUON, d_model=128, lr=1e-2, weight_decay=1.0, muon_decay=0.3, decay_from=0.4, epochs=1000)
-PRESETS = {
-    'paper': {'miiii': {}, 'nanda': NANDA, 'formula': dict(NANDA, p=97), 'add': dict(NANDA, p=261)},
-    'fast': {'miiii': dict(MUON, train_frac=0.5, lr=1e-2, weight_decay=1.0, decay_from=0.4, epochs=3000, spectra_every=100),
-             'nanda': FAST_NANDA, 'formula': dict(FAST_NANDA, p=97), 'add': dict(FAST_NANDA, p=261, train_frac=0.1, epochs=600)},
-}
-COPIED = dict(embed=('W_E',), block=('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'))
+VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
 
 
 def recipe(preset, task):
-    """What a preset changes in the options: basis and masked take the settings of miiii, all formulas have one."""
-    return PRESETS[preset][task if task in ('nanda', 'add') else 'miiii' if task in data.TASKS else 'formula']
+    kind = task if task in ('nanda', 'add') else 'miiii' if task in data.TASKS else 'formula'
+    return DEFAULTS | PRESETS[preset][kind]
 
 
-VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-TORCHRUN = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # where and how a run runs, not what it is: free to differ on resume
+def changes(o):
+    """The options in which a run differs from the defaults of its preset."""
+    base = recipe(o.preset, o.task) | dict(preset='fast')
+    return {name: value for name, value in vars(o).items() if name not in HOW and value != base[name]}
 
 
 def parse(argv):
-    """Command line -> the options given there, by name. Raises Refusal."""
-    recipes = '\n'.join(f'  {name:5s} {task:7s} ' + (' '.join(f'{k}={v}' for k, v in o.items()) or 'the defaults')
-                        for name, tasks in PRESETS.items() for task, o in tasks.items())
-    families = '\n'.join(f'  {name:10s} {formulas}' for name, formulas in data.FAMILIES.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f'presets (an option on the command line wins over them):\n{recipes}\n\nnames for several formulas:\n{families}',
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse  # instead of usage and two lines
-    fields = {'--' + f.name: f for f in dataclasses.fields(Options)}
-    for flag, f in fields.items():
-        kind = dict(action='store_true') if f.type is bool else dict(type=f.type, choices=f.metadata.get('choices'))
-        parser.add_argument(flag, help=f'{f.metadata["help"]} (default: {f.default})', **kind)
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        near = difflib.get_close_matches(word.split('=')[0], fields, 1)
-        raise Refusal(f'unknown option {word}' + (f', did you mean {near[0]}?' if near else ', see --help'))
-    return vars(given)
+    """Command line -> all options: defaults < preset < given. A resumed run keeps its own. Raises Refusal."""
+    about = ['what presets change:']
+    for preset, kinds in PRESETS.items():
+        about += [f'  {preset} {kind}: {analyze.flags(some) or "nothing"}' for kind, some in kinds.items()]
+    about += ['families of formulas:', *(f'  {name}: {formulas}' for name, formulas in data.FAMILIES.items())]
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='\n'.join(about), formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = refuse  # in one line
+    for name, (default, text, choices) in OPTIONS.items():
+        kind = dict(type=type(default), choices=choices or None)
+        kind = dict(action='store_true') if default is False else kind
+        parser.add_argument(f'--{name}', help=f'{text} (default: {default})', **kind)
+    given = vars(parser.parse_args(argv))
+    o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
+    o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
+    cuda = ['cuda'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    o.device = (cuda or ['cpu'])[0] if o.device == 'auto' else o.device
+    need(o.device in ['cpu', *cuda], f'device {o.device} is not available, here is {", ".join(["cpu", *cuda])}')
+    if o.resume:
+        own = data.load(Path(o.out, 'ckpt.pt'))['config']
+        need(set(own) <= set(OPTIONS), f'{o.out} has options that this version does not know')
+        o = argparse.Namespace(**DEFAULTS | own | {name: getattr(o, name) for name in HOW})
+        o.epochs = max(o.epochs, given.get('epochs', 0))
+        for name, value in given.items():
+            agrees = name in HOW or value == getattr(o, name)
+            need(agrees, f'the run in {o.out} disagrees: --{name} is {getattr(o, name)} there, {value} here (only '
+                         'epochs may grow); leave the option out, or start anew in another --out')
+    for name, value in vars(o).items():
+        most = AT_MOST.get(name, 2 ** 32)
+        fine = isinstance(value, str) or 0 <= value <= most
+        need(fine, f'--{name} must lie between 0 and {most}, not {value}')
+    need(o.epochs > 0, '--epochs must be at least 1')
+    divides = o.n_heads > 0 and o.d_model > 0 and o.d_model % o.n_heads == 0
+    need(divides, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
+    need(o.init_from or not o.freeze and o.copy == 'all', '--copy and --freeze go with --init_from')
+    return o
 
 
-def resolve(given):
-    """Options given -> all options and the checkpoint to resume, if any. Weakest first: defaults, preset, given options;
-    a resumed run keeps its own options, and those given may only repeat them or raise `epochs`. Raises Refusal."""
-    task, device, preset = given.get('task', 'miiii'), given.get('device', 'auto'), given.get('preset', 'auto')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    here = ['cpu'] + ['cuda'] * torch.cuda.is_available() + [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-    if device not in here:
-        raise Refusal(f'device {device} is not available, here is {", ".join(here)}')
-    if preset == 'auto':
-        preset = 'paper' if device.startswith('cuda') else 'fast'
-    how = dict(device=device, out=given.get('out') or f'out/{task}')
-    if not given.get('resume'):
-        own = dict(recipe(preset, task))
-        if device == 'cpu' and own.get('precision') == 'bfloat16' and 'precision' not in given:
-            if matmul_rate(device, 'bfloat16') < 0.7 * matmul_rate(device, 'float32'):
-                own['precision'] = 'float32'  # processors without bfloat16 arithmetic emulate it, slowly
-        return Options(**own | given | how | dict(preset=preset)), None
-    ckpt = load(Path(how['out']) / 'ckpt.pt')
-    try:
-        own = Options(**ckpt['config'])
-    except TypeError as e:
-        raise Refusal(f'{how["out"]}/ckpt.pt has options that this version does not know: {e}')
-    differ = [k for k, v in given.items() if k not in HOW and (k, v) != ('preset', 'auto') and v != getattr(own, k)
-              and not (k == 'epochs' and v > own.epochs)]
-    if differ:
-        raise Refusal('the run to resume disagrees (only epochs may grow): ' + ', '.join(f'{k} is {getattr(own, k)} there, {given[k]} here' for k in differ)
-                      + '; leave the option out, or start anew in another --out')
-    return dataclasses.replace(own, **{k: v for k, v in given.items() if k != 'preset'} | how), ckpt
+# ---------------------------------------------------------------- one run
+
+def train(o):
+    """One run, as train(parse(['--task', 'nanda'])). Returns its folder. Raises Refusal, also if it diverges, and
+    after Ctrl-C or a signal, when it has saved, KeyboardInterrupt or SystemExit."""
+    with contextlib.ExitStack() as held:  # what ends with the run: the claim on its folder, signal handlers
+        return run(o, held)
 
 
-def network(o, d):
-    """A new model for data d."""
-    return Transformer(o.p, o.d_model, o.n_heads, sum(d.classes) // d.n_ops, d.n_ops)
+def run(o, held):
+    """From the data to the final table."""
+    out, cuda = Path(o.out), o.device != 'cpu'
+    if ':' in o.device:
+        torch.cuda.set_device(o.device)
+    torch.manual_seed(o.seed)
+    if cuda:
+        torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')
+    else:
+        fast_cpu()
+    bfloat16 = torch.autocast('cuda' if cuda else 'cpu', torch.bfloat16, enabled=o.precision == 'bfloat16')
 
+    # data: each part is one batch
+    d = data.make(o.task, o.p, o.data_seed, o.device)
+    split = data.split(len(d.y), o.train_frac, o.data_seed)
+    parts = {name: d.part(rows.to(o.device)) for name, rows in zip(('train', 'valid', 'test'), split)}
+    x_train, y_train = parts['train']
+    x_valid, y_valid = parts['valid']
+    ln_q = torch.tensor(d.classes, device=o.device).log()
+    task_weight = d.in_loss / d.in_loss.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
 
-def weights_to_copy(o, model):
-    """The matrices that --init_from and --copy ask for, by name. Raises Refusal if the run there has none that fit the model."""
-    if o.from_file:
-        rows = data.load_matrix(Path(o.init_from))
-        if len(rows) != o.p:
-            raise Refusal(f'--init_from {o.init_from}: {len(rows)} rows, one for each of {o.p} digits are needed')
-        if rows.shape[1] != o.d_model:  # to the model's width by fixed random directions, which keep lengths and angles, roughly
-            print(f'note: {o.init_from} has {rows.shape[1]} columns, brought to d_model = {o.d_model} by a random projection (seed 0)')
-            rows = rows @ torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0)) / o.d_model ** 0.5
-        return dict(W_E=torch.cat([rows, model.W_E.detach()[o.p:].cpu()]))
-    source, out = load(Path(o.init_from, 'ckpt.pt'), ('model', 'config')), {}
-    for name in o.copied() or dict(model.named_parameters()):
+    # model
+    model = Transformer.of(d, o.p, o.d_model, o.n_heads, o.init).to(o.device)
+    if o.init_from:
+        copy_weights(model, o)
+    named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    params = list(named.values())
+    net, losses = model, task_losses
+    if o.compile == 'on' or o.compile == 'auto' and cuda:
+        compiler = os.environ.get('CC' if cuda else 'CXX') or ('gcc' if cuda else 'g++')
+        need(shutil.which(compiler), f'torch.compile needs the compiler {compiler}; --compile off does without')
+        torch.compiler.reset()  # torch compiles few versions of one function, and a sweep has many
+        net = torch.compile(model, dynamic=False)
+        losses = torch.compile(losses, dynamic=False) if cuda else losses
+
+    # optimisers; their rates are tensors on the device, so that a CUDA graph can follow a schedule
+    by_muon = {n: w for n, w in named.items() if o.optimizer == 'muon' and n not in ('W_E', 'W_pos')}
+    by_adamw = [w for name, w in named.items() if name not in by_muon]
+    optimizers = [torch.optim.AdamW(by_adamw, torch.tensor(o.lr, device=o.device), betas=(0.9, 0.98),
+                                    weight_decay=o.weight_decay, fused=True, capturable=cuda)]
+    if by_muon:
+        optimizers.append(Muon(by_muon.values(), torch.tensor(o.muon_lr, device=o.device), o.muon_decay))
+    memory = [torch.zeros_like(w) for w in params] if o.lamb else []  # of the gradient filter
+
+    def dropout_masks():
+        if not o.dropout:
+            return 1, 1
+        rows = len(x_train) if o.dropout_mask == 'example' else 1
+        keep = torch.rand(2, rows, o.d_model, device=o.device).ge_(o.dropout)
+        return keep.div_(1 - o.dropout)
+
+    def scores(x, y, drop=(1, 1)):
+        with bfloat16:
+            logits = net(x, drop).view(len(y), -1)
+        return losses(logits, y, d.classes)
+
+    def step():
+        """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
+        loss, acc = scores(x_train, y_train, dropout_masks())
+        model.zero_grad()
+        (task_weight @ loss).backward()
+
+        with torch.no_grad():
+            valid_loss, valid_acc = scores(x_valid, y_valid)
+            grads = [w.grad for w in params]
+            norms = torch.stack(torch._foreach_norm(grads))
+            if o.lamb:  # Grokfast-EMA (Lee et al. 2024): m <- alpha m + (1 - alpha) g ; g <- g + lamb m
+                torch._foreach_lerp_(memory, grads, 1 - o.alpha)
+                torch._foreach_add_(grads, memory, alpha=o.lamb)
+            with bfloat16:  # the products of Muon
+                for optimizer in optimizers:
+                    optimizer.step()
+        return dict(train_loss=loss.detach(), train_acc=acc, valid_loss=valid_loss, valid_acc=valid_acc,
+                    grad_norm=norms)
+
+    # records: a row per epoch, or per spectrum, on the device, so that nothing waits for the host
+    columns = dict.fromkeys(('train_loss', 'train_acc', 'valid_loss', 'valid_acc'), d.names)
+    columns['grad_norm'] = list(named)
+    history = {name: torch.zeros(o.epochs, len(labels), device=o.device) for name, labels in columns.items()}
+    spectra = {}
+    if o.spectra_every and d.modular:
+        solver = [matrix.to(o.device) for matrix in analyze.solver_for(o.p, d)]
+        n_spectra = -(-o.epochs // o.spectra_every)
+        empty = analyze.neuron_spectra(torch.zeros(o.p ** 2, 1, device=o.device), o.p, solver)
+        spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in empty.items()}
+    epoch, wall = 0, 0.0
+
+    def save():
+        """First metrics.npz, then ckpt.pt: if killed in between, there are records up to the checkpoint."""
+        records = dict(epoch=np.arange(epoch), tasks=np.array(d.names), grad_norm_names=np.array(list(named)))
+        records |= {name: v[:epoch].cpu().numpy() for name, v in history.items()}
+        if spectra:
+            at = np.arange(0, epoch, o.spectra_every)
+            records |= dict(spectra_epoch=at, freqs=analyze.wave_freqs(d.classes).numpy())
+            records |= {name: v[:len(at)].cpu().numpy() for name, v in spectra.items()}
+        if epoch:
+            data.write(out / 'metrics.npz', lambda f: np.savez(f, **records))
+        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(o.device) if cuda else None)
+        state = dict(
+            model=model.state_dict(), optimizer=[x.state_dict() for x in optimizers],
+            filter=dict(zip(named, memory)), step=epoch, rng=rng, config=vars(o), versions=VERSIONS, wall_s=wall)
+        data.write(out / 'ckpt.pt', lambda f: torch.save(state, f))
+
+    if not o.bench:
+        held.enter_context(claim(out))
+        files = ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')
+        need(o.resume or not any((out / name).exists() for name in files), f'{out} holds a run; go on with it by --resume, or choose another --out')
+    if o.resume:
+        ckpt = data.load(out / 'ckpt.pt')
+        need(ckpt['optimizer'], f'cannot resume {out}: a copy made for looking, without optimiser state')
         try:
-            p, w, shape = source['config']['p'], source['model'][name], model.get_parameter(name).shape
-            if p != o.p or w.shape != shape:
-                raise Refusal(f'--init_from {o.init_from}: its {name} is {list(w.shape)} at p = {p}, here {list(shape)} at p = {o.p}')
-            if not w.isfinite().all():
-                raise Refusal(f'--init_from {o.init_from}: its {name} is not finite')
-        except (TypeError, KeyError, AttributeError, IndexError):
-            raise Refusal(f'--init_from {o.init_from}: its ckpt.pt is not of this program')
-        out[name] = w
+            epoch, wall = int(ckpt['step']), float(ckpt['wall_s'])
+            model.load_state_dict(ckpt['model'])
+            for optimizer, state in zip(optimizers, ckpt['optimizer'], strict=True):
+                groups = optimizer.state_dict()['param_groups']  # ours: the rates on our device
+                optimizer.load_state_dict(state | dict(param_groups=groups))
+                need(not epoch or len(optimizer.state) == len(groups[0]['params']), 'no optimiser state')
+            for name, m in zip(named, memory):
+                m.copy_(ckpt['filter'][name])
+            torch.set_rng_state(ckpt['rng']['cpu'])
+            if cuda and ckpt['rng']['cuda'] is not None:
+                torch.cuda.set_rng_state(ckpt['rng']['cuda'], o.device)
+            records = np.load(out / 'metrics.npz') if epoch else {}
+            for name in records.keys() & (history | spectra).keys():
+                n = epoch if name in history else -(-epoch // o.spectra_every)
+                (history | spectra)[name][:n] = torch.from_numpy(records[name][:n])
+        except Exception as e:  # a foreign file can fail in any of these lines, in any way
+            refuse(f'cannot resume {out}: ckpt.pt or metrics.npz is damaged, missing or foreign ({str(e)[:150]!r})')
+
+    # ---------------------------------------------------------------- the loop
+
+    with torch.no_grad():
+        start_loss = (scores(x_valid, y_valid)[0] / ln_q).mean()
+    n_params = sum(w.numel() for w in model.parameters())
+    rows = '/'.join(str(len(part)) for part in split)
+    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {sum(d.classes):,} classes, {rows} train/valid/test rows, '
+        f'{n_params:,} parameters, {device_name(o.device)}, torch {VERSIONS["torch"]}')
+    say(f'preset {o.preset}, changed: {analyze.flags(changes(o)) or "nothing"}')
+    unused = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout,
+                  spectra_every=not d.modular)
+    for name in changes(o):
+        if unused.get(name):
+            say(f'note: --{name} has no effect here')
+    say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
+    if cuda and net is not model:
+        step = captured(step)
+    if o.bench:
+        return bench(o, d, step)
+    if not o.resume:
+        save()  # a full or read-only disk shows itself before any work is done
+    stop = stop_signals(held)
+    one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
+    look_every = 1 if one_line else 30  # seconds
+    looked = saved = time.perf_counter()
+    looked_epoch, save_cost = epoch, 0.0
+    last = epoch == o.epochs
+    while not last:
+        if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
+            left = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
+            for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
+                optimizer.param_groups[0]['lr'].fill_(lr * min(1, left))
+        if snapshot_due(epoch, o.snapshots):
+            snapshot = dict(model=model.state_dict(), step=epoch)
+            data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f))
+        if spectra and epoch % o.spectra_every == 0:
+            with torch.no_grad(), bfloat16:
+                model(d.x, acts=(acts := {}))
+            neurons = acts['neurons'].float().view(o.p ** 2, -1)
+            for name, row in analyze.neuron_spectra(neurons, o.p, solver).items():
+                spectra[name][epoch // o.spectra_every] = row
+
+        for name, row in step().items():
+            history[name][epoch] = row
+        epoch += 1
+
+        # from here on: now and then the host looks, the only wait for the device
+        now = time.perf_counter()
+        last = epoch == o.epochs or bool(stop)
+        if not last and now - looked < look_every:
+            continue
+        rows = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
+        bad = [f'{name} of {columns[name][j]} at epoch {looked_epoch + i}' for name, table in rows.items()
+               for i, j in np.argwhere(~np.isfinite(table))[:1]]
+        bad += [f'{name} at epoch {epoch}' for name, w in named.items() if not w.isfinite().all()]
+        if bad:
+            raise Diverged(f'{bad[0]} is not finite; the last good checkpoint in {out} is kept; '
+                           'start anew in another --out with a lower --lr or --muon_lr')
+        now = time.perf_counter()
+        rate = (epoch - looked_epoch) / (now - looked)
+        wall += now - looked
+        looked, looked_epoch = now, epoch
+        acc, left = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
+        line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {left}  grokked '
+                f'{(acc >= 0.99).sum()}/{len(acc)}  valid mean {acc.mean():.3f} worst {acc.min():.3f}  '
+                f'{rate:.3g} epochs/s')
+        if one_line:
+            line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
+        say(line, end='' if one_line and not last else '\n')
+        if last or now - saved > max(30, 20 * save_cost):
+            save()
+            saved = time.perf_counter()
+            save_cost = saved - now
+
+    if epoch < o.epochs:
+        again = [sys.executable, os.path.abspath(__file__), '--resume', '--out', o.out]
+        say(f'saved at epoch {epoch:,}; go on with: {shlex.join(again)}')
+        raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+
+    # the last figures of every task; the test rows are touched here, once
+    tasks = [dict(name=name, classes=q) for name, q in zip(d.names, d.classes)]
+    objective, errors = {}, {}
+    for part, (x, y) in parts.items():
+        with torch.no_grad(), bfloat16:
+            logits = model(x).view(len(y), -1).float()
+        loss, acc = task_losses(logits, y, d.classes)
+        objective[part] = (task_weight @ loss).item()
+        for i, task in enumerate(tasks):
+            task |= {f'{part}_loss': loss[i].item(), f'{part}_acc': acc[i].item()}
+        if not d.modular:
+            errors[part] = analyze.plain(analyze.errors(logits, y[:, 0]))
+            tasks[0][f'{part}_errors'] = errors[part]
+    for i, task in enumerate(tasks):
+        epochs = analyze.grok_epochs(history['valid_acc'][:, i].cpu().numpy(), task['valid_acc'])
+        task |= dict(zip(('grok_epoch', 'grok_epoch_sustained'), epochs))
+    finish(o, tasks, objective, dict(zip(parts, map(len, split))), wall)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- one run
-
-class Run:
-    """Data, weights, optimiser and records of one run, all on one device. `step` is one epoch."""
-
-    def __init__(self, o, ckpt=None):
-        self.o, self.device = o, torch.device(o.device)
-        self.cuda = self.device.type == 'cuda'
-        self.products = 'float32' if o.precision == 'tf32' and not self.cuda else o.precision  # what the name comes to here
-        self.compiled = o.compile == 'on' or (o.compile == 'auto' and self.cuda)
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)
-        set_precision(o.device, o.precision)
-        torch.manual_seed(o.seed)
-        try:
-            self.data = d = data.make(o.task, o.p, o.data_seed, o.device)
-            self.split = data.split(len(d.y), o.train_frac, o.data_seed)
-        except ValueError as e:
-            raise Refusal(e)
-        if not d.in_loss.any():
-            raise Refusal(f'task {o.task} leaves nothing to train on at p = {o.p}')
-        self.parts = [d.part(rows.to(self.device)) for rows in self.split]  # train, valid, test
-        self.ln_q = torch.tensor(d.classes, device=self.device).log()
-        self.task_weight = d.in_loss / d.in_loss.sum() / self.ln_q  # the mean over trained tasks of CE_q / ln q (eq. 12)
-
-        self.model = network(o, d).to(self.device)
-        self.logits, self.losses = self.model, fused_losses(d.classes, self.device) if self.cuda else task_losses
-        if self.compiled:
-            torch.compiler.reset()  # of the runs before in a sweep: torch compiles few versions of one function, then runs it eagerly
-            self.logits = torch.compile(self.model, dynamic=False)
-        if self.compiled and self.cuda:
-            self.losses = torch.compile(self.losses, dynamic=False)
-        if o.init_from and not ckpt:
-            with torch.no_grad():
-                for name, w in weights_to_copy(o, self.model).items():
-                    self.model.get_parameter(name).copy_(w)
-        if o.freeze:
-            for name in o.copied():
-                self.model.get_parameter(name).requires_grad_(False)
-        named = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
-        self.names, self.weights = list(named), list(named.values())  # what is trained
-        self.filter = [torch.zeros_like(w) for w in self.weights] if o.lamb else []
-
-        # learning rates live on the device, so that a captured graph can follow a schedule
-        by_muon = [w for n, w in named.items() if o.optimizer == 'muon' and n not in ('W_E', 'W_pos')]
-        by_adamw = [w for n, w in named.items() if o.optimizer != 'muon' or n in ('W_E', 'W_pos')]
-        self.optimizers = [torch.optim.AdamW(by_adamw, torch.tensor(o.lr, device=self.device), betas=(0.9, 0.98),
-                                             weight_decay=o.weight_decay, fused=True, capturable=self.cuda)]
-        if by_muon:
-            self.optimizers.append(Muon(by_muon, torch.tensor(o.muon_lr, device=self.device), o.muon_decay))
-
-        self.epoch, self.wall_s = 0, 0.0  # epochs done, for the host
-        self.t = torch.zeros(1, dtype=torch.int64, device=self.device)  # and for the device
-        per_task = ('train_loss', 'train_acc', 'valid_loss', 'valid_acc')  # the records: preallocated, written without a sync
-        widths = dict.fromkeys(per_task, len(d.classes)) | dict(grad_norm=len(named))
-        self.metrics = {k: torch.zeros(o.epochs, width, device=self.device) for k, width in widths.items()}
-        self.spectra, self.solver, self.snapshots = {}, None, {}
-        if o.spectra_every and d.modular:
-            B, n = len(analyze.wave_freqs(d.classes)), -(-o.epochs // o.spectra_every)
-            if analyze.wave_memory(o.p, d.classes) > analyze.MAX_MEMORY:
-                raise Refusal(f'the spectra at p = {o.p} need {analyze.wave_memory(o.p, d.classes) / 1e9:.0f} GB; --spectra_every 0 does without')
-            widths = dict(spectrum=o.p // 2 + 1, sum_power=B, difference_power=B, variance=2, active=2)
-            self.spectra = {k: torch.zeros(n, width, device=self.device) for k, width in widths.items()}
-        if ckpt:
-            self.restore(ckpt)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision == 'bfloat16')
-
-    def forward(self, x, y, drop=(1, 1)):
-        """Tokens and targets -> logits (N, C), loss (Q,), accuracy (Q,), and the objective's gradient at the logits (N, C). The logits are
-        there for `backward` alone: the gradient may have their memory."""
-        with self.autocast():
-            logits = self.logits(x, drop).reshape(len(y), -1)
-        return logits, *self.losses(logits, y, self.data.classes, self.task_weight, overwrite=True)
-
-    def masks(self, n):
-        """Two dropout masks for the residual stream of n examples, scaled so that its mean stays."""
-        o = self.o
-        if not o.dropout:
-            return 1, 1
-        shape = 2, 1 if o.dropout_mask == 'batch' else n, o.d_model
-        draws = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=self.device).random_(-2 ** 63, None)  # all 64 bits random
-        drop = round(2 ** 16 * o.dropout)  # of 2^16 values; each draw makes four elements
-        keep = draws.view(torch.int16)[:math.prod(shape)].view(shape) >= drop - 2 ** 15
-        return keep / (1 - drop / 2 ** 16)
-
-    def step(self):
-        """One epoch. What it records belongs to the weights before its update: training with dropout, validation without."""
-        o, (x, y) = self.o, self.parts[0]
-        logits, loss, acc, grad = self.forward(x, y, self.masks(len(x)))
-        self.model.zero_grad()
-        logits.backward(grad)  # autograd.grad may lay gradients out otherwise than weights, which fused AdamW misreads
-        grads = [w.grad for w in self.weights]
-
-        with torch.no_grad():
-            _, valid_loss, valid_acc, _ = self.forward(*self.parts[1])
-            norms = torch.stack(torch._foreach_norm(grads))
-            for record, row in zip(self.metrics.values(), (loss, acc, valid_loss, valid_acc, norms)):
-                record.index_copy_(0, self.t, row[None])
-
-        if o.lamb:  # the gradient filter (Grokfast-EMA, Lee et al. 2024): m <- alpha m + (1-alpha) g ;  g <- g + lamb m
-            torch._foreach_lerp_(self.filter, grads, 1 - o.alpha)
-            torch._foreach_add_(grads, self.filter, alpha=o.lamb)
-
-        for optimizer, lr in zip(self.optimizers, (o.lr, o.muon_lr)):
-            if o.decay_from < 1:  # constant, then linear to zero
-                left = (o.epochs - self.t[0]) / (o.epochs * (1 - o.decay_from))
-                optimizer.param_groups[0]['lr'].copy_(lr * left.clamp(max=1))
-            with self.autocast():
-                optimizer.step()
-        self.t += 1
-
-    @torch.no_grad()
-    def record_spectra(self):
-        """The spectra of all neurons over all p^2 inputs, at the weights before the next update."""
-        if self.solver is None:
-            basis = analyze.waves(self.o.p, self.data.classes, self.data.stride)
-            self.solver = [m.to(self.device) for m in analyze.wave_solver(self.o.p, basis)]
-        acts = {}
-        with self.autocast():
-            self.model(self.data.x, acts=acts)
-        rows = analyze.neuron_spectra(acts['neurons'].float().view(self.o.p ** 2, -1), self.o.p, self.solver)
-        for name, record in self.spectra.items():
-            record.index_copy_(0, self.t // self.o.spectra_every, rows[name][None])
-
-    def captured(self, fn):
-        """fn itself, or on CUDA, if compiled, fn as one CUDA graph. The first three calls run plainly and count like any other; they
-        warm up what a capture must not meet cold (compilation, optimiser state, workspaces). The fourth captures."""
-        if not (self.compiled and self.cuda):
-            return fn
-        graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), 0
-
-        def call():
-            nonlocal calls
-            calls += 1
-            if calls <= 3:
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    fn()
-                torch.cuda.current_stream().wait_stream(side)
-                return
-            if calls == 4:
-                with torch.cuda.graph(graph):
-                    fn()
-            graph.replay()
-        return call
-
-    @torch.no_grad()
-    def evaluate(self):
-        """Loss and accuracy of each task on train, validation and test rows, without dropout: (3, 2, Q). Not compiled, for one call. And
-        for sums without a modulus `analyze.errors` of each part."""
-        out, errors = [], []
-        for x, y in self.parts:
-            with self.autocast():
-                logits = self.model(x).view(len(y), -1)
-            errors += [] if self.data.modular else [analyze.plain(analyze.errors(logits, y[:, 0]))]
-            out.append(torch.stack(task_losses(logits, y, self.data.classes)[:2]))
-        return torch.stack(out).cpu(), errors
-
-    # from here on: files
-
-    def snapshot(self):
-        """Copy the weights on the device at log-spaced epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever `epochs` is."""
-        e, s = self.epoch, self.o.snapshots
-        if s > 0 and (e == 0 or e == round(2 ** (round(s * math.log2(e)) / s))):
-            self.snapshots[e] = {n: w.detach().clone() for n, w in self.model.named_parameters()}
-
-    def records(self):
-        """The content of metrics.npz: everything recorded so far, by name."""
-        out = dict(epoch=np.arange(self.epoch), tasks=np.array(self.data.names), grad_norm_names=np.array(self.names))
-        out |= {k: v[:self.epoch].cpu().numpy() for k, v in self.metrics.items()}
-        if self.spectra:
-            epochs = np.arange(0, self.epoch, self.o.spectra_every)
-            out |= dict(spectra_epoch=epochs, freqs=analyze.wave_freqs(self.data.classes).numpy())
-            out |= {k: v[:len(epochs)].cpu().numpy() for k, v in self.spectra.items()}
-        return out
-
-    def save(self):
-        """Snapshots, metrics.npz, then ckpt.pt: whatever happens in between, there are records up to the checkpoint."""
-        for epoch, weights in self.snapshots.items():
-            write(Path(self.o.out, 'snapshots', f'{epoch:08}.pt'), dict(model=weights, step=epoch))
-        self.snapshots.clear()
-        if self.epoch:
-            np.savez(buffer := io.BytesIO(), **self.records())
-            write(Path(self.o.out, 'metrics.npz'), buffer.getvalue())
-        write(Path(self.o.out, 'ckpt.pt'), dict(
-            model=self.model.state_dict(), optimizer=[x.state_dict() for x in self.optimizers],
-            filter=dict(zip(self.names, self.filter)), step=self.epoch,
-            rng=dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(self.device) if self.cuda else None),
-            config=dataclasses.asdict(self.o), versions=VERSIONS, wall_s=self.wall_s))
-
-    def restore(self, ckpt):
-        """The state that `save` wrote. Raises Refusal if it does not fit."""
-        try:
-            if not ckpt['optimizer']:
-                raise ValueError('a copy made by --ship, without what resuming needs')
-            self.model.load_state_dict(ckpt['model'])
-            self.epoch, self.wall_s = int(ckpt['step']), float(ckpt['wall_s'])
-            self.t.fill_(self.epoch)
-            for optimizer, old in zip(self.optimizers, ckpt['optimizer'], strict=True):
-                optimizer.load_state_dict(dict(old, param_groups=optimizer.state_dict()['param_groups']))  # keeps our rates, on our device
-                for w in optimizer.param_groups[0]['params'] if self.epoch else []:
-                    if not optimizer.state[w] or any(v.shape not in (w.shape, ()) for v in optimizer.state[w].values()):
-                        raise ValueError('the optimiser state is not that of these weights')
-            for m, name in zip(self.filter, self.names):
-                m.copy_(ckpt['filter'][name].view(m.shape))
-            torch.set_rng_state(ckpt['rng']['cpu'])
-            if self.cuda and ckpt['rng']['cuda'] is not None:
-                torch.cuda.set_rng_state(ckpt['rng']['cuda'], self.device)
-            if self.epoch:
-                records = np.load(io.BytesIO(Path(self.o.out, 'metrics.npz').read_bytes()))
-                for buffers, every in ((self.metrics, 1), (self.spectra, self.o.spectra_every)):
-                    for name, buffer in buffers.items():
-                        buffer = buffer[:-(-self.epoch // every)]
-                        buffer.copy_(torch.from_numpy(records[name][:len(buffer)]).view(buffer.shape))
-        except Exception as e:  # a foreign file can fail in any of these lines, in any way
-            raise Refusal(f'cannot resume: ckpt.pt or metrics.npz in {self.o.out} is damaged, missing or of another program: {" ".join(repr(e).split())[:150]}')
+class Diverged(Refusal):
+    """A loss, gradient or weight is not finite."""
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
-
-SAVE_EVERY = 30  # seconds between checkpoints, or 20 times as long as one takes
-ONE_LINE = sys.stdout.isatty() and not TORCHRUN
-LINE_EVERY = 30  # seconds between progress lines where they cannot be rewritten in place
-
-
-def train(run):
-    """From run.epoch to the last epoch, then a save. Returns the signal that stopped it early, if one did."""
-    o, signals = run.o, []
-
-    def on_signal(number, _):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        os.write(2, b'\nsaving after this epoch; once more to leave at once\n')
-
-    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    step, record_spectra = run.captured(run.step), run.captured(run.record_spectra)
-    began, saved_at, start = time.perf_counter(), time.perf_counter(), run.epoch
-    line_at, wall_before, save_cost, chunk, rate, row = -math.inf, run.wall_s, 0.0, 1, 0.0, None
-    try:
-        while run.epoch < o.epochs and not signals:
-            first, chunk_began = run.epoch, time.perf_counter()
-            while run.epoch < min(first + chunk, o.epochs) and not signals:
-                run.snapshot()
-                if run.spectra and run.epoch % o.spectra_every == 0:
-                    record_spectra()
-                step()
-                run.epoch += 1
-
-            # from here on: the host looks, about once a second
-            row = check_finite(run, first)
-            now = time.perf_counter()
-            speed = (run.epoch - first) / (now - chunk_began)
-            rate = 0.8 * rate + 0.2 * speed if first > start + 1 else speed  # the first epoch has much to set up
-            chunk = max(1, min(2 * chunk, int(speed)))
-            run.wall_s = wall_before + now - began
-            if first > start and (ONE_LINE or now - line_at > LINE_EVERY):
-                line_at = now
-                progress(run, row, rate)
-            if now - saved_at > max(SAVE_EVERY, 20 * save_cost):
-                run.save()
-                saved_at, save_cost = time.perf_counter(), time.perf_counter() - now
-        if row is not None:
-            progress(run, row, rate, end='\n')
-            run.snapshot()
-            run.save()
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    return signals[0] if signals else None
+def finish(o, tasks, objective, sizes, wall):
+    """The table that ends a run, and summary.json."""
+    say(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} '
+        f'{"valid >= .99 from epoch":>24s} {"for good":>9s}')
+    accs = np.array([[task[f'{part}_acc'] for part in sizes] for task in tasks])
+    rows = [(task['name'], *row, task['grok_epoch'], task['grok_epoch_sustained']) for task, row in zip(tasks, accs)]
+    for name, train, valid, test, *epochs in rows:
+        came, stayed = ('-' if epoch is None else f'{epoch:,}' for epoch in epochs)
+        say(f'{name:18s} {train:9.4f} {valid:9.4f} {test:9.4f} {came:>24s} {stayed:>9s}')
+    train, valid, test = accs.mean(0)
+    solved = (accs[:, 1] == 1).sum()
+    say(f'{"mean":18s} {train:9.4f} {valid:9.4f} {test:9.4f} {solved:>13} of {len(tasks)} at 1.0')
+    for part in ('valid', 'test') if 'test_errors' in tasks[0] else ():
+        scores = zip(analyze.SCORES, tasks[0][f'{part}_errors'])
+        say(f'{part}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores))
+    not_told = ('seed', 'data_seed', 'snapshots', 'spectra_every', 'preset')
+    command = {name: value for name, value in changes(o).items() if name not in not_told}
+    summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=o.epochs, wall_s=wall,
+                   epochs_per_s=o.epochs / wall, device=device_name(o.device), versions=VERSIONS, config=vars(o),
+                   command=analyze.flags(dict(preset=o.preset) | command))
+    data.write(Path(o.out, 'summary.json'), lambda f: f.write(json.dumps(summary, indent=1).encode()))
+    say(f'{o.epochs:,} epochs in {timedelta(seconds=round(wall))} on {device_name(o.device)}; all of it is in {o.out}')
 
 
-class NotFinite(Refusal):
-    pass
+def snapshot_due(epoch, per_doubling):
+    """At epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever the length of the run."""
+    s = per_doubling
+    return s > 0 and (epoch == 0 or epoch == round(2 ** (round(s * math.log2(epoch)) / s)))
 
 
-def check_finite(run, first):
-    """The newest row of the records, on the host, by the loop's only sync. Raises NotFinite naming epoch and task if a loss,
-    gradient or weight since epoch `first` is not finite; nothing is saved then."""
-    rows = torch.cat([v[first:run.epoch] for v in run.metrics.values()], 1)
-    flat = torch.cat([rows.flatten()] + [w.detach().sum()[None] for w in run.weights]).cpu()
-    rows, sums = flat[:rows.numel()].view(rows.shape), flat[rows.numel():]
-    columns = [f'the loss of {n}' for n in run.data.names] * 4 + [f'the gradient of {n}' for n in run.names]
-    bad = [(first + i, columns[j]) for i, j in (~rows.isfinite()).nonzero()[:1].tolist()]
-    bad += [(run.epoch, f'the weight {n}') for n, ok in zip(run.names, sums.isfinite()) if not ok]
-    if bad:
-        raise NotFinite(f'{bad[0][1]} is not finite at epoch {bad[0][0]}; the last good checkpoint in {run.o.out} is kept; '
-                        'start anew in another --out with a lower --lr or --muon_lr')
-    return rows[-1]
-
-
-def hms(seconds):
-    return str(timedelta(seconds=round(seconds)))
-
-
-def progress(run, row, rate, end=''):
-    """One line, rewritten in place on a terminal, a line of its own in a log."""
-    o, Q = run.o, len(run.data.classes)
-    acc = row[3 * Q:4 * Q]
-    line = (f'[{os.environ.get("RANK")}] ' * TORCHRUN + f'epoch {run.epoch:,}/{o.epochs:,} {run.epoch / o.epochs:4.0%}  ETA {hms((o.epochs - run.epoch) / rate)}  grokked {(acc >= 0.99).sum()}/{Q}  '
-            f'valid mean {acc.mean():.3f} worst {acc.min():.3f}  {rate:.3g} epochs/s')
-    if ONE_LINE:
-        print('\r\033[K' + line[:shutil.get_terminal_size().columns - 1], end=end, flush=True)
+def copy_weights(model, o):
+    """--init_from, --copy, --freeze: matrices of another run, or W_E of the digits from a file."""
+    source, ours = Path(o.init_from), model.state_dict()
+    names = dict(embed=['W_E'], block=['W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'], all=list(ours))[o.copy]
+    if source.suffix in ('.npy', '.pt') and not source.is_dir():
+        need(o.copy != 'block', '--init_from with a file is for W_E: --copy embed')
+        rows = data.load_matrix(source)
+        need(len(rows) == o.p, f'{source} has {len(rows)} rows, one for each of {o.p} digits are needed')
+        if rows.shape[1] != o.d_model:  # by random directions, which keep lengths and angles, roughly
+            say(f'note: {source} has {rows.shape[1]} columns, a random projection (seed 0) makes {o.d_model} of them')
+            directions = torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0))
+            rows = rows @ directions / o.d_model ** 0.5
+        names, theirs = ['W_E'], dict(W_E=torch.cat([rows, ours['W_E'][o.p:].cpu()]))
     else:
-        print(line, flush=True)
+        theirs = data.load(source / 'ckpt.pt', ('model', 'config'))['model']
+    need(len(names) < len(ours) or not o.freeze, '--freeze with --copy all leaves nothing to train')
+    for name in names:
+        w, new = model.get_parameter(name), theirs.get(name, torch.empty(0))
+        fits = new.shape == w.shape and new.isfinite().all()
+        need(fits, f'--init_from {source}: {name} is {list(new.shape)}, needed is {list(w.shape)}, and finite')
+        w.data.copy_(new)
+        w.requires_grad_(not o.freeze)
 
 
-def finish(run):
-    """The last figures of every task; the test set is touched here, once. Writes summary.json, prints the table."""
-    o, d, valid_acc = run.o, run.data, run.metrics['valid_acc'][:run.epoch].cpu().numpy()
-    (final, errors), tasks = run.evaluate(), []
-    for i, name in enumerate(d.names):
-        first, held = analyze.grok_epochs(valid_acc[:, i], final[1, 1, i].item())
-        task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
-        for j, part in enumerate(('train', 'valid', 'test')):
-            task[f'{part}_loss'], task[f'{part}_acc'] = final[j, :, i].tolist()
-        tasks.append(task)
-    tasks[0] |= {f'{part}_errors': e for part, e in zip(('train', 'valid', 'test'), errors)}
-    objective = dict(zip(('train', 'valid', 'test'), (final[:, 0] @ run.task_weight.cpu()).tolist()))  # mean of CE_q / ln q
-    summary = dict(tasks=tasks, objective=objective, split=dict(zip(('train', 'valid', 'test'), map(len, run.split))), epochs=run.epoch, wall_s=run.wall_s,
-                   epochs_per_s=run.epoch / run.wall_s, device=device_name(o.device), versions=VERSIONS, config=dataclasses.asdict(o))
-    write(Path(o.out, 'summary.json'), json.dumps(summary, indent=1).encode())
+# ---------------------------------------------------------------- what can happen to a run
 
-    print(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} {"for good":>9s}')
-    for t in tasks:
-        grok = ['-' if t[k] is None else f'{t[k]:,}' for k in ('grok_epoch', 'grok_epoch_sustained')]
-        print(f'{t["name"]:18s} {t["train_acc"]:9.4f} {t["valid_acc"]:9.4f} {t["test_acc"]:9.4f} {grok[0]:>24s} {grok[1]:>9s}')
-    mean = final[:, 1].mean(1)
-    print(f'{"mean":18s} {mean[0]:9.4f} {mean[1]:9.4f} {mean[2]:9.4f} {(final[1, 1] == 1).sum():>13} of {len(tasks)} at 1.0')
-    for part, e in zip(('valid', 'test'), errors[1:]):
-        print(f'{part}: ' + ', '.join(f'{name} {v:.4f}' for name, v in zip(analyze.SCORES, e)))
-    print(f'{run.epoch:,} epochs in {hms(run.wall_s)} on {summary["device"]}; all of it is in {o.out}')
+def say(text, end='\n'):
+    """Print, but never fail: who closed the terminal or the pipe has seen enough, and the run goes on."""
+    try:
+        print(text, end=end, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, 'w')
 
 
-# ---------------------------------------------------------------------------------------------------- speed, main
+def claim(out):
+    """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / 'lock', 'w')
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f'another run is at work in {out}')
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def stop_signals(held):
+    """A list that gets the first Ctrl-C, TERM or HUP; a second one does what it always did. Never in a thread."""
+    caught = []
+    signals = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    former = {number: signal.getsignal(number) for number in signals}
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, former[number])
+
+    for number, handler in former.items():
+        if handler != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+            signal.signal(number, catch)
+            held.callback(signal.signal, number, handler)
+    return caught
+
 
 def device_name(device):
-    if device.startswith('cuda'):
+    if device != 'cpu':
         return torch.cuda.get_device_name(device)
-    return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads'
 
 
-def gflop_per_epoch(o, d):
-    """Counted work of one epoch on data d in training (forward and backward, twice the forward, nothing frozen) and in validation (forward): two numbers."""
-    train, valid, _ = data.split(len(d.y), o.train_frac)
-    return [flop_per_row(o.d_model, sum(d.classes) // d.n_ops) * d.n_ops * rows / 1e9 for rows in (3 * len(train), len(valid))]
+# ---------------------------------------------------------------- speed, many runs
 
-
-def timed(device, fn, n):
-    """Seconds per call of fn: n calls in up to nine groups, the median over the groups."""
-    def clock():
-        if device.startswith('cuda'):
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    times, groups = [], min(n, 9)
-    for i in range(groups):
-        calls, began = n // groups + (i < n % groups), clock()
-        for _ in range(calls):
-            fn()
-        times.append((clock() - began) / calls)
-    return sorted(times)[groups // 2]
-
-
-def matmul_rate(device, precision):
-    """GFLOP/s of large matrix products in this precision on this machine."""
-    set_precision(device, precision)
-    return product_rate(device, torch.bfloat16 if precision == 'bfloat16' else torch.float32)
-
-
-def product_rate(device, dtype):
-    """The best of a few shapes."""
-    best, g = 0, torch.Generator(device).manual_seed(0)  # its own, so that a run draws the same masks with or without this
-    for m, k, n in [(8192, 8192, 8192), (16384, 1024, 4096)] if device.startswith('cuda') else [(4096, 256, 1024), (4096, 1024, 256)]:
-        a, b = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in ((m, k), (k, n)))
-        out = a @ b
-        best = max(best, 2 * m * k * n / timed(device, lambda: torch.mm(a, b, out=out), 27) / 1e9)
-    return best
-
-
-def bench(run, o):
-    """Time o.bench epochs and their parts, the same epochs by the general form of the model, and a plain matrix product, all in
-    one run, whose records have room for o.bench + 6 epochs. Prints lines to read; the last one is JSON."""
-    device = o.device
-
+def bench(o, d, step):
+    """Milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
     def ms(fn, n):
-        run.t.zero_()
-        timed(device, fn, 5)
-        return 1e3 * timed(device, fn, n)
+        for _ in range(5):
+            fn()
+        timer = benchmark.Timer('fn()', globals=dict(fn=fn), num_threads=torch.get_num_threads())
+        return 1e3 * timer.timeit(n).mean
 
-    epoch = run.captured(run.step)
-    ms(epoch, 1)
-    r = dict(ready_s=time.perf_counter() - STARTED, epoch_ms=ms(epoch, o.bench))
-    r['validation_ms'] = ms(run.captured(torch.no_grad()(lambda: run.forward(*run.parts[1]))), 9)
-    r['training_ms'] = r['epoch_ms'] - r['validation_ms']  # with update and records
-    r['spectra_ms'] = ms(run.captured(run.record_spectra), 1) if run.spectra else None
-    run.logits = torch.compile(run.model.general_forward, dynamic=False) if run.compiled else run.model.general_forward
-    r['general_form_ms'] = ms(run.captured(run.step), min(9, o.bench))
-
-    r['training_gflop'], r['validation_gflop'] = gflop_per_epoch(o, run.data)
-    r['product_gflops'] = matmul_rate(device, o.precision)
-    r['share'] = r['training_gflop'] / r['training_ms'] * 1e3 / r['product_gflops']
-    torch.set_float32_matmul_precision('highest')
-    r['default_float32_gflops'] = product_rate(device, torch.float32)
-    print(f'{run.products}, compile {"on" if run.compiled else "off"}: {r["epoch_ms"]:.4g} ms per epoch, {1e3 / r["epoch_ms"]:.4g} per second, '
-          f'{r["validation_ms"]:.3g} ms of it validation; the first six done {r["ready_s"]:.1f} s after the start')
-    print(f'training: {r["training_gflop"]:.4g} GFLOP at {100 * r["share"]:.2g} % of the {r["product_gflops"]:.4g} GFLOP/s of a matrix product '
-          f'(by torch\'s default in float32: {r["default_float32_gflops"]:.4g} GFLOP/s)')
-    print(f'general form of the model: {r["general_form_ms"]:.4g} ms per epoch, {r["general_form_ms"] / r["epoch_ms"]:.2f} times as long')
-    if run.spectra:
-        print(f'spectra of all neurons: {r["spectra_ms"]:.4g} ms each time')
-    print(json.dumps(r | dict(device=device_name(device), versions=VERSIONS, config=dataclasses.asdict(o))))
+    a = torch.randn(4096, 1024, device=o.device)
+    a = a.bfloat16() if o.precision == 'bfloat16' else a
+    epoch_ms, product_ms = ms(step, o.bench), ms(lambda: a @ a.T, 9)
+    train, valid, _ = (len(rows) * d.n_ops for rows in data.split(len(d.y), o.train_frac))
+    n_classes = sum(d.classes) // d.n_ops
+    per_row = 2 * o.d_model * (9 * o.d_model + n_classes)  # forward, by W_O, W_in, W_out, W_U; tables would add 5 %
+    gflop = per_row * (3 * train + valid) / 1e9  # backward takes twice the forward
+    rate, limit = gflop / epoch_ms * 1e3, 2 * 4096 ** 2 * 1024 / product_ms / 1e6
+    say(f'{epoch_ms:.4g} ms per epoch, {1e3 / epoch_ms:.4g} epochs/s; {gflop:.3g} GFLOP an epoch at '
+        f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
+    say(json.dumps(dict(epoch_ms=epoch_ms, epoch_gflop=gflop, gflops=rate, product_gflops=limit,
+                        device=device_name(o.device), versions=VERSIONS, config=vars(o))))
 
 
-def one_run(given):
-    """A whole run, or its bench, by the options given. Returns an exit code if a signal stopped it."""
-    o, ckpt = resolve(given)
-    run, folder = Run(dataclasses.replace(o, epochs=max(o.epochs, o.bench + 6)) if o.bench else o, ckpt), Path(o.out)
-    if folder.exists() and not folder.is_dir():
-        raise Refusal(f'{folder} is not a folder')
-    if not o.bench and not o.resume and any((folder / f).exists() for f in ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')):
-        raise Refusal(f'{folder} holds a run; go on with it by --resume, or choose another folder by --out')
-
-    params, device = sum(w.numel() for w in run.model.parameters()), device_name(o.device)
-    print(f'{o.task} p={o.p}: {len(run.data.classes)} tasks, {sum(run.data.classes):,} classes, '
-          f'{"/".join(str(len(r)) for r in run.split)} train/validation/test rows, {params:,} parameters, {device}')
-    if o.bench:
-        return bench(run, o)
-    how = f'{o.optimizer}, {run.products}, {o.epochs:,} epochs' + (f', {" ".join(o.copied())} frozen' if o.freeze else '')
-    if o.resume:
-        print(f'resumed at epoch {run.epoch:,}: preset {o.preset}, {how}' + '; nothing left to do, raise --epochs' * (run.epoch == o.epochs))
-    else:
-        why, hint = 'as asked', ''
-        if given.get('preset', 'auto') == 'auto':
-            other = 'fast' if o.preset == 'paper' else 'paper'
-            o2, _ = resolve(given | dict(preset=other))
-            seconds = o2.epochs * max(2e-3, 2 * sum(gflop_per_epoch(o2, run.data)) / matmul_rate(o2.device, o2.precision))
-            set_precision(o.device, o.precision)
-            about = f'{seconds / 3600:.1f} hours' if seconds > 3600 else f'{math.ceil(seconds / 60)} min'
-            why = f'the default {"with" if run.cuda else "without"} CUDA'
-            hint = f'; the other, some {about} here: python train.py {analyze.flags(given | dict(preset=other, out=f"{o.out}-{other}"))}'
-        print(f'preset {o.preset} ({why}): {how}{hint}')
-    with torch.no_grad():
-        _, loss, _, _ = run.forward(*run.parts[1])
-    print(f'loss / ln q before epoch {run.epoch + 1}: {(loss / run.ln_q).mean():.3f} (uniform guessing 1.0)', flush=True)
-
-    if not ckpt:
-        run.save()  # a full or read-only disk shows itself before any work is done
-    if run.epoch < o.epochs:
-        (folder / 'summary.json').unlink(missing_ok=True)  # of a shorter run
-    stopped_by = train(run)
-    if stopped_by:
-        print(f'saved at epoch {run.epoch:,}; go on with: python train.py --resume --out {shlex.quote(o.out)}')
-        return 128 + stopped_by
-    finish(run)
-
-
-# ---------------------------------------------------------------------------------------------------- many runs
-
-def sweep_settings(given):
-    """Options given -> a dict of options for each run of the sweep, in an order that the seed fixes: a longer sweep begins with the
-    shorter one. An option given by itself leaves the default grid. Raises Refusal."""
-    types, grid = {f.name: f.type for f in dataclasses.fields(Options) if f.name not in HOW | {'preset', 'init_from', 'freeze'}}, {}
-    for axis in given.get('sweep_space', Options.sweep_space).split():
+def sweep_settings(o, argv):
+    """The settings of a sweep as dicts, in an order that the seed fixes: a longer one begins with the shorter."""
+    given, axes = {word.split('=')[0] for word in argv}, {}
+    for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
-        try:
-            values = [types[name](v) for v in values.split(',')]
-            if name == 'task':  # the formulas of a family, each by itself
-                values = [f for v in values for f in data.FAMILIES.get(v, v).split(',')]
-        except (KeyError, ValueError):
-            raise Refusal(f'--sweep_space takes option=value,value ..., not {axis!r}')
-        if name in grid or len(set(values)) < len(values) or name in given and 'sweep_space' in given:
-            raise Refusal(f'--sweep_space has {axis!r}, and some of that is given twice')
-        if name not in given:
-            grid[name] = values
-    settings = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if not 0 < given['sweep'] <= len(settings):
-        raise Refusal(f'--sweep {given["sweep"]} of a grid with {len(settings)} settings')
-    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(given.get('seed', Options.seed)))
-    return [settings[i] for i in order[:given['sweep']]]
+        good = name in OPTIONS and name not in HOW | {'preset', 'init_from', 'freeze'} | set(axes)
+        twice = f'--{name}' in given and '--sweep_space' in given
+        need(good and values and not twice, f'--sweep_space: {axis!r} is no option=value,value, or is given twice')
+        if name == 'task':  # the formulas of a family, each by itself
+            values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
+        if f'--{name}' not in given:
+            axes[name] = values.split(',')
+    settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
+    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
+    return [settings[i] for i in order[:o.sweep]]
 
 
-def sweep(given):
-    """Train every setting that is not trained yet, each in its own folder, then rank all by the validation loss at their end, as the
-    paper did. Of the processes that torchrun starts each takes its share. Returns an exit code if a signal stopped it."""
-    if given.get('resume') or given.get('bench'):
-        raise Refusal('--sweep goes with neither --resume nor --bench; the same command again goes on with a sweep')
-    settings = sweep_settings(given)
-    folder = Path(given.get('out') or f'out/{given.get("task", Options.task)}-sweep')
-    given = {k: v for k, v in given.items() if k not in ('sweep', 'sweep_space', 'out')}
-    given['preset'] = 'fast' if given.get('preset') == 'fast' else 'paper'
-    rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if TORCHRUN else (0, 1)
-    if TORCHRUN and torch.cuda.is_available() and given.get('device', 'auto') in ('auto', 'cuda'):
-        given['device'] = f'cuda:{os.environ["LOCAL_RANK"]}'
-    given['precision'] = resolve(given | settings[0])[0].precision  # measured once, if at all
-
-    plan, checked = [], {}
+def sweep(o, argv):
+    """Train every setting that is not trained yet, each in its own folder, then rank all by validation loss in
+    sweep.csv. Each process of torchrun takes its share, and whoever ends last ranks them all: nothing is sent."""
+    settings = sweep_settings(o, argv)
+    root = Path(o.out if any(word.split('=')[0] == '--out' for word in argv) else f'{o.out}-sweep')
+    if WORLD > 1 and o.device == 'cuda':
+        argv = [*argv, f'--device=cuda:{os.environ["LOCAL_RANK"]}']
+    runs = []
     for setting in settings:  # every fault of an option shows itself before any work is done
-        out = folder / ','.join(f'{k}={v}' for k, v in setting.items())
-        options = given | setting | dict(out=str(out))
-        o, _ = resolve(options)
-        try:
-            if (o.task, o.p) not in checked:
-                checked[o.task, o.p] = data.make(o.task, o.p)
-        except ValueError as e:
-            raise Refusal(e)
-        if o.init_from and not (out / 'ckpt.pt').exists():
-            weights_to_copy(o, network(o, checked[o.task, o.p]))
-        if (out / 'ckpt.pt').exists():
-            options['resume'] = True
-            own, _ = resolve(options)
-            for k, v in dataclasses.asdict(o).items():
-                if k not in HOW and getattr(own, k) != v:
-                    raise Refusal(f'{out} was trained with --{k} {getattr(own, k)}, now it is {v}: not one sweep; give the same command, or another --out')
-        plan.append((setting, out, options, o.epochs))
+        name = ','.join(f'{key}={value}' for key, value in setting.items()).replace('*', 'x')
+        words = [*argv, *(f'--{key}={value}' for key, value in setting.items()), f'--out={root / name}']
+        fresh = parse(words)
+        data.make(fresh.task, fresh.p)
+        if (root / name / 'ckpt.pt').exists():
+            words.append('--resume')
+            same = changes(parse(words)) == changes(fresh)
+            need(same, f'{root / name} was trained with other options: give the same command, or another --out')
+        runs.append((parse(words), setting))
 
-    if TORCHRUN:
-        torch.distributed.init_process_group('gloo', timeout=timedelta(days=365))  # shares end hours apart
-    rows, trained, began, share = [], 0, time.perf_counter(), list(enumerate(plan))[rank::world]
-    for i, (setting, out, options, epochs) in share:
-        eta = f', ETA {hms((time.perf_counter() - began) / trained * (len(share) - len(rows)))} for all' if trained else ''
-        print(f'\nsetting {i + 1} of {len(settings)}: {out.name}{eta}', flush=True)
-        row = setting | dict(valid_loss=math.inf, folder=str(out))
+    share = runs[RANK::WORLD]
+    began, trained = time.perf_counter(), 0
+    for i, (run_options, _) in enumerate(share):
+        summary = Path(run_options.out, 'summary.json')
+        if summary.exists() and json.loads(summary.read_text())['epochs'] >= run_options.epochs:
+            continue
+        left = (time.perf_counter() - began) / max(trained, 1) * (len(share) - i)
+        eta = f', ETA {timedelta(seconds=round(left))} for all' if trained else ''
+        say(f'\nsetting {i + 1} of {len(share)}: {summary.parent.name}{eta}')
         try:
-            if not (out / 'summary.json').exists() or json.loads((out / 'summary.json').read_text())['epochs'] < epochs:
-                trained += 1
-                if stopped := one_run(options):
-                    print('the same command again goes on with the whole sweep')
-                    return stopped
-            s = json.loads((out / 'summary.json').read_text())
-            row |= dict(valid_loss=s['objective']['valid'], valid_acc=sum(t['valid_acc'] for t in s['tasks']) / len(s['tasks']),
-                        grokked=sum(t['valid_acc'] >= 0.99 for t in s['tasks']), epochs=s['epochs'], wall_s=s['wall_s'])
-        except NotFinite as e:
-            print(f'note: {e}')  # it ranks last
+            train(run_options)
+        except Diverged as e:
+            say(f'note: {e}')  # without a summary it ranks last
+        except (KeyboardInterrupt, SystemExit):
+            say('the same command again goes on with the whole sweep')
+            raise
+        trained += 1
+
+    rows = []
+    for run_options, setting in runs:
+        row = setting | dict(valid_loss=math.inf, valid_acc='', grokked='', epochs='', wall_s='', folder=run_options.out)
+        if Path(run_options.out, 'summary.json').exists():
+            s = json.loads(Path(run_options.out, 'summary.json').read_text())
+            accs = [task['valid_acc'] for task in s['tasks']]
+            row |= dict(valid_loss=s['objective']['valid'], valid_acc=sum(accs) / len(accs), epochs=s['epochs'],
+                        grokked=sum(acc >= 0.99 for acc in accs), wall_s=s['wall_s'])
         rows.append(row)
-
-    shares = [rows]
-    if TORCHRUN:
-        torch.distributed.gather_object(rows, shares := [None] * world if rank == 0 else None)
-        torch.distributed.destroy_process_group()
-    if rank == 0:
-        rows = sorted(sum(shares, []), key=lambda row: row['valid_loss'] if math.isfinite(row['valid_loss']) else math.inf)
-        table = csv.DictWriter(text := io.StringIO(), dict.fromkeys([*settings[0], 'valid_loss', 'valid_acc', 'grokked', 'epochs', 'wall_s', 'folder']), lineterminator='\n')
-        table.writeheader()
-        table.writerows(rows)
-        write(folder / 'sweep.csv', text.getvalue().encode())
-        print(f'\nvalidation loss / ln q of {len(rows)} settings, all of them in {folder / "sweep.csv"}')
-        for row in rows[:10]:
-            print(f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}')
+    rows.sort(key=lambda row: row['valid_loss'])
+    lines = [','.join(rows[0])] + [','.join(f'"{value}"' for value in row.values()) for row in rows]
+    data.write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
+    say(f'\nvalidation loss / ln q of {len(rows)} settings, all of them in {root / "sweep.csv"}')
+    for row in rows[:10]:
+        say(f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}')
 
 
 def main(argv):
-    given = parse(argv)
-    if given.get('sweep'):
-        return sweep(given)
-    if TORCHRUN or 'sweep_space' in given:
-        raise Refusal('torchrun and --sweep_space are for --sweep N')
-    return one_run(given)
+    o = parse(argv)
+    if o.sweep:
+        need(not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
+        sweep(o, argv)
+    else:
+        need(WORLD == 1 and o.sweep_space == DEFAULTS['sweep_space'], 'torchrun and --sweep_space are for --sweep N')
+        train(o)
 
 
 if __name__ == '__main__':
