@@ -11,7 +11,6 @@ beside the same number of the same weights at initialisation, its null (copied w
 random directions.
 """
 import argparse
-import dataclasses
 import io
 import itertools
 import json
@@ -29,6 +28,18 @@ from model import Transformer, fast_cpu, task_losses
 
 
 # ---------------------------------------------------------------------------------------------------- spectra
+
+def fourier_features(rows, periods, width, seed=0, scrambled=False):
+    """A stand-in for the number tokens of a pre-trained model (rows, width), rms 0.1: cosine and sine of each
+    period in the row number, in random directions. Scrambled, every row has each wave at a random phase."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(2 * len(periods), width, generator=g, dtype=torch.float64)
+    turn = torch.arange(rows)[:, None] / torch.tensor(periods, dtype=torch.float64)  # rows, periods
+    if scrambled:
+        turn = torch.rand(turn.shape, generator=g, dtype=torch.float64)
+    W = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1) @ directions
+    return (0.1 * W / W.square().mean().sqrt()).float()
+
 
 def cos_sin(W):
     """Coefficients of the columns of W (n, D) in the orthonormal real Fourier basis over the rows, without the constant: (2, n//2, D),
@@ -823,7 +834,9 @@ def result(path, numbers, note=''):
     final, initial = ({k: v for k, v in numbers[k].items() if k.split('_')[-1] not in ('losses', 'accuracies')} for k in ('final', 'initial'))
     if s['config']['task'] not in data.TASKS or s['config']['task'] == 'add':
         initial, omega = {}, {}  # of formulas and of sums without a modulus only the end is told
-    return dict(note=note, config=s['config'] | dict(out='')) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
+    if 'changed' not in s:
+        raise Refusal(f'{path}/summary.json is of an earlier version, which does not tell the options that were changed')
+    return dict(note=note, config=s['config'] | dict(out=''), changed=s['changed']) | rounded(dict(epochs=s['epochs'], wall_s=s['wall_s'], device=s['device'], versions=s['versions'], tasks=lists,
                         perfect=perfect_from(r['valid_acc']), half_of_gradients=half, omega=omega, final=final, initial=initial))
 
 
@@ -832,17 +845,18 @@ RESULTS = Path(__file__).parent / 'assets' / 'results.json'  # the runs that the
 
 def flags(options):
     """Options as words of a command line."""
-    return ' '.join(f'--{k}' if v is True else f'--{k}{"=" if str(v)[:1] == "-" else " "}{shlex.quote(str(v))}' for k, v in options.items())
+    words = []
+    for name, value in options.items():
+        text = f'{value:g}' if isinstance(value, float) and float(f'{value:g}') == value else str(value)
+        joint = '=' if text.startswith('-') else ' '
+        words.append(f'--{name}' if value is True else f'--{name}{joint}{shlex.quote(text)}')
+    return ' '.join(words)
 
 
-def command(config, note=''):
-    """The options, seeds aside, that make a run of this config by train.py, and the note on what else was changed."""
-    import train  # which imports this file
-    task, preset = config['task'], config['preset']
-    base = dataclasses.asdict(train.Options(**train.recipe(preset, task), task=task))
-    own = {k: v for k, v in config.items() if k in base and k not in train.HOW | {'seed', 'data_seed', 'preset', 'snapshots', 'spectra_every'} and v != base[k]}
-    own = {k: f'{v:g}' if isinstance(v, float) and float(f'{v:g}') == v else v for k, v in own.items()}
-    return ' '.join([flags(dict(preset=preset) | (dict(task=task) if task != 'miiii' else {}) | own)] + [f'({note})'] * bool(note))
+def command(r):
+    """The options, seeds aside, that make a run with this result by train.py, and the note on what else was changed."""
+    told = {k: v for k, v in r['changed'].items() if k not in ('preset', 'seed', 'data_seed', 'snapshots', 'spectra_every')}
+    return ' '.join([flags(dict(preset=r['config']['preset']) | told)] + [f'({r["note"]})'] * bool(r['note']))
 
 
 def results():
@@ -851,7 +865,7 @@ def results():
 
 def collect(path, numbers, note):
     """Add a run to the results, in the place of one with the same options, seeds and note."""
-    runs = {(command(r['config'], r['note']), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), result(path, numbers, note)]}
+    runs = {(command(r), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), result(path, numbers, note)]}
     lines = ',\n'.join(json.dumps(runs[key]) for key in sorted(runs))
     write(RESULTS, lambda f: f.write(f'[\n{lines}\n]\n'.encode()))
 
@@ -968,7 +982,7 @@ def came_to(*tasks):
 
 def borrowed(task, source, part, *options):
     """Where to look for a run that starts with the frozen weights of another, and for the same run without."""
-    start = ['--init_from', shlex.quote(f'out/formulas 0/task={source},train_frac=0.3'), f'--copy {part} --freeze']
+    start = ['--init_from', shlex.quote(f'out/formulas 0/task={source.replace("*", "x")},train_frac=0.3'), f'--copy {part} --freeze']
     return [(fast_run(task, *start, *options), f'{task} with the {part} of {source} frozen:', came_or_got), (fast_run(task, *options), f'{task} from scratch:', came_or_got)]
 
 
@@ -1071,12 +1085,12 @@ def report():
     """The README's tables in Markdown, from the results alone; one value per seed throughout."""
     groups = {}
     for r in results():
-        groups.setdefault(command(r['config'], r['note']), []).append(r)
+        groups.setdefault(command(r), []).append(r)
 
     def there(options):
-        """The options themselves, or without the reduced precision that spares a CPU time, if there are such runs."""
-        full = options.replace(' --precision bfloat16', '')
-        return full if full in groups else options
+        """The options themselves, or with the reduced precision that spares a CPU time, if there are such runs."""
+        words, bracket, note = options.replace(' --precision bfloat16', '').partition(' (')
+        return next((o for o in (words + bracket + note, words + ' --precision bfloat16' + bracket + note) if o in groups), options)
 
     def each(runs, value, fmt='{:.3g}'):
         return ' '.join(v if isinstance(v, str) else '-' if v is None else fmt.format(v) for v in map(value, runs))
@@ -1092,10 +1106,10 @@ def report():
     print(table(['`python train.py` with', 'seeds', 'epochs', 'validation', 'at 1.0', 'test', 'all at .99 for good, from epoch', 'all at 1.0 for 500 epochs, from', 'device'], [
         (f'`{options}`', str(len(runs)), f'{runs[0]["epochs"]:,}', each(runs, mean_score('valid')), each(runs, solved), each(runs, mean_score('test')),
          each(runs, all_held, '{:,}'), each(runs, lambda r: r['perfect'], '{:,}'), f'{" / ".join(dict.fromkeys(r["device"] for r in runs))}: {each(runs, lambda r: r["wall_s"] / 60)} min') for options, runs in groups.items() if runs[0]['config']['task'] in data.TASKS]))
-    if FILTERED in groups:
+    if there(FILTERED) in groups:
         looks = [(score, i, null) for i, score in enumerate(SCORES) for null in ((0, 1) if i in (0, 2) else (0,))]
         print(table(['taken out', 'paper', *(score + ', random directions' * null for score, _, null in looks)], [
-            (name, paper, *(each(groups[FILTERED], lambda r: (r['final']['filters'][name][null] or [None] * 5)[i], '{:.3f}') for _, i, null in looks)) for name, paper in FILTERS.items()]))
+            (name, paper, *(each(groups[there(FILTERED)], lambda r: (r['final']['filters'][name][null] or [None] * 5)[i], '{:.3f}') for _, i, null in looks)) for name, paper in FILTERS.items()]))
     neurons = [('active_bins', '{:.0f}'), ('active_averaged', '{:.1f}'), ('waves', '{}'), ('primes', '{}'), ('wave_share', '{:.2g}'), ('pure', '{}')]
     print(table(['network', "bins per neuron: the paper's count", "its code's averaging", '(q, k) carried', 'moduli q among them',
                  'share of interaction in the best (q, k), median neuron', 'neurons with more than half there'], [
@@ -1104,8 +1118,8 @@ def report():
                ('of W_L', joined('W_L_effective', 'W_L_mult_effective', fmt='.0f')), ('W_E sparsest about the residue (Gini)', lambda r: f'{r["final"]["centre"]} ({r["final"]["centre_gini"]:.2f})'),
                ('neurons of 512 with 85 % at one frequency', joined('sharp', 'sharp_mult', fmt=''))]
     print(table(['formula', '.99 from epoch, 30 %', '50 %', *(name + ' (30 %)' for name, _ in columns)], [
-        (f'`{task}`', *(each(groups.get(options, []), came_or_got) or 'not run' for options in (fast_run(task), fast_run(task, HALF))),
-         *(each(groups.get(fast_run(task), []), value) for _, value in columns)) for task in FORMULAS]))
+        (f'`{task}`', *(each(groups.get(there(options), []), came_or_got) or 'not run' for options in (fast_run(task), fast_run(task, HALF))),
+         *(each(groups.get(there(fast_run(task)), []), value) for _, value in columns)) for task in FORMULAS]))
 
 
 def main(argv):

@@ -132,18 +132,6 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
 
 
-def fourier_features(rows, periods, width, seed=0, scrambled=False):
-    """A stand-in for the number tokens of a pre-trained model (rows, width), rms 0.1: cosine and sine of each
-    period in the row number, in random directions. Scrambled, every row has each wave at a random phase."""
-    g = torch.Generator().manual_seed(seed)
-    directions = torch.randn(2 * len(periods), width, generator=g, dtype=torch.float64)
-    turn = torch.arange(rows)[:, None] / torch.tensor(periods, dtype=torch.float64)  # rows, periods
-    if scrambled:
-        turn = torch.rand(turn.shape, generator=g, dtype=torch.float64)
-    W = torch.cat([torch.cos(2 * torch.pi * turn), torch.sin(2 * torch.pi * turn)], 1) @ directions
-    return (0.1 * W / W.square().mean().sqrt()).float()
-
-
 # ---------------------------------------------------------------- files, and what the user can mend
 
 class Refusal(Exception):
@@ -208,6 +196,14 @@ def load_matrix(path):
     return torch.from_numpy(m)
 
 
+def say(text, end='\n', file=None):
+    """Print, but never fail: who closed the terminal or the pipe has seen enough, and the work goes on."""
+    try:
+        print(text, end=end, file=file or sys.stdout, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
+
+
 def run_script(main):
     """main(arguments) as a program: what the user can mend ends in one line and exit code 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -217,8 +213,8 @@ def run_script(main):
     except BrokenPipeError:  # who reads our output has seen enough
         os._exit(1)
     except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        text = str(e) if isinstance(e, Refusal) else ' '.join(repr(e).split())[:300]
-        print(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
+        text = str(e) if isinstance(e, Refusal) else ' '.join((str(e) or repr(e)).split())[:300]
+        say(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # nothing is lost: files are written whole
         sys.exit(130)

@@ -36,7 +36,7 @@ from torch.utils import benchmark
 
 import analyze
 import data
-from data import Refusal, need, refuse
+from data import Refusal, need, refuse, say
 from model import FAN_IN, Muon, Transformer, captured, fast_cpu, task_losses
 
 # ---------------------------------------------------------------- options
@@ -298,8 +298,10 @@ def run(o, held):
         start_loss = (scores(x_valid, y_valid)[0] / ln_q).mean()
     n_params = sum(w.numel() for w in model.parameters())
     rows = '/'.join(str(len(part)) for part in split)
+    device = torch.cuda.get_device_name(o.device) if cuda else f'{platform.machine()} CPU'
+    device += '' if cuda else f', {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
     say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {sum(d.classes):,} classes, {rows} train/valid/test rows, '
-        f'{n_params:,} parameters, {device_name(o.device)}, torch {VERSIONS["torch"]}')
+        f'{n_params:,} parameters, {device}')
     say(f'preset {o.preset}, changed: {analyze.flags(changes(o)) or "nothing"}')
     unused = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout,
                   spectra_every=not d.modular)
@@ -310,7 +312,7 @@ def run(o, held):
     if cuda and net is not model:
         step = captured(step)
     if o.bench:
-        return bench(o, d, step)
+        return bench(o, d, device, step)
     if not o.resume:
         save()  # a full or read-only disk shows itself before any work is done
     stop = stop_signals(held)
@@ -372,22 +374,28 @@ def run(o, held):
         raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
 
     # the last figures of every task; the test rows are touched here, once
-    tasks = [dict(name=name, classes=q) for name, q in zip(d.names, d.classes)]
-    objective, errors = {}, {}
+    final = {}
     for part, (x, y) in parts.items():
         with torch.no_grad(), bfloat16:
             logits = model(x).view(len(y), -1).float()
         loss, acc = task_losses(logits, y, d.classes)
-        objective[part] = (task_weight @ loss).item()
-        for i, task in enumerate(tasks):
-            task |= {f'{part}_loss': loss[i].item(), f'{part}_acc': acc[i].item()}
+        final[part] = dict(loss=loss, acc=acc)
         if not d.modular:
-            errors[part] = analyze.plain(analyze.errors(logits, y[:, 0]))
-            tasks[0][f'{part}_errors'] = errors[part]
-    for i, task in enumerate(tasks):
-        epochs = analyze.grok_epochs(history['valid_acc'][:, i].cpu().numpy(), task['valid_acc'])
-        task |= dict(zip(('grok_epoch', 'grok_epoch_sustained'), epochs))
-    finish(o, tasks, objective, dict(zip(parts, map(len, split))), wall)
+            final[part]['errors'] = torch.tensor([analyze.errors(logits, y[:, 0])])
+    tasks = []
+    for i, name in enumerate(d.names):
+        first, held = analyze.grok_epochs(history['valid_acc'][:, i].cpu().numpy(), final['valid']['acc'][i].item())
+        task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
+        for part, scores in final.items():
+            task |= {f'{part}_{key}': values[i].tolist() for key, values in scores.items()}
+        tasks.append(task)
+    table(tasks)
+    objective = {part: (task_weight @ scores['loss']).item() for part, scores in final.items()}
+    summary = dict(tasks=tasks, objective=objective, split=dict(zip(parts, map(len, split))), epochs=epoch,
+                   wall_s=wall, epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
+                   changed=changes(o))
+    data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+    say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
     return out
 
 
@@ -395,28 +403,20 @@ class Diverged(Refusal):
     """A loss, gradient or weight is not finite."""
 
 
-def finish(o, tasks, objective, sizes, wall):
-    """The table that ends a run, and summary.json."""
-    say(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} '
-        f'{"valid >= .99 from epoch":>24s} {"for good":>9s}')
-    accs = np.array([[task[f'{part}_acc'] for part in sizes] for task in tasks])
-    rows = [(task['name'], *row, task['grok_epoch'], task['grok_epoch_sustained']) for task, row in zip(tasks, accs)]
-    for name, train, valid, test, *epochs in rows:
-        came, stayed = ('-' if epoch is None else f'{epoch:,}' for epoch in epochs)
-        say(f'{name:18s} {train:9.4f} {valid:9.4f} {test:9.4f} {came:>24s} {stayed:>9s}')
-    train, valid, test = accs.mean(0)
-    solved = (accs[:, 1] == 1).sum()
-    say(f'{"mean":18s} {train:9.4f} {valid:9.4f} {test:9.4f} {solved:>13} of {len(tasks)} at 1.0')
+def table(tasks):
+    """Print what every task came to."""
+    say(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} '
+        f'{"for good":>9s}')
+    accs = np.array([[task[f'{part}_acc'] for part in ('train', 'valid', 'test')] for task in tasks])
+    for task, row in zip(tasks, accs):
+        epochs = [task['grok_epoch'], task['grok_epoch_sustained']]
+        first, held = ('-' if epoch is None else f'{epoch:,}' for epoch in epochs)
+        say(f'{task["name"]:18s}' + ''.join(f' {acc:9.4f}' for acc in row) + f' {first:>24s} {held:>9s}')
+    solved = f'{(accs[:, 1] == 1).sum()} of {len(tasks)} at 1.0'
+    say(f'{"mean":18s}' + ''.join(f' {acc:9.4f}' for acc in accs.mean(0)) + f' {solved:>24s}')
     for part in ('valid', 'test') if 'test_errors' in tasks[0] else ():
         scores = zip(analyze.SCORES, tasks[0][f'{part}_errors'])
         say(f'{part}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores))
-    not_told = ('seed', 'data_seed', 'snapshots', 'spectra_every', 'preset')
-    command = {name: value for name, value in changes(o).items() if name not in not_told}
-    summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=o.epochs, wall_s=wall,
-                   epochs_per_s=o.epochs / wall, device=device_name(o.device), versions=VERSIONS, config=vars(o),
-                   command=analyze.flags(dict(preset=o.preset) | command))
-    data.write(Path(o.out, 'summary.json'), lambda f: f.write(json.dumps(summary, indent=1).encode()))
-    say(f'{o.epochs:,} epochs in {timedelta(seconds=round(wall))} on {device_name(o.device)}; all of it is in {o.out}')
 
 
 def snapshot_due(epoch, per_doubling):
@@ -451,14 +451,6 @@ def copy_weights(model, o):
 
 # ---------------------------------------------------------------- what can happen to a run
 
-def say(text, end='\n'):
-    """Print, but never fail: who closed the terminal or the pipe has seen enough, and the run goes on."""
-    try:
-        print(text, end=end, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, 'w')
-
-
 def claim(out):
     """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
@@ -490,16 +482,9 @@ def stop_signals(held):
     return caught
 
 
-def device_name(device):
-    if device != 'cpu':
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads'
-
-
 # ---------------------------------------------------------------- speed, many runs
 
-def bench(o, d, step):
+def bench(o, d, device, step):
     """Milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
     def ms(fn, n):
         for _ in range(5):
@@ -509,84 +494,67 @@ def bench(o, d, step):
 
     a = torch.randn(4096, 1024, device=o.device)
     a = a.bfloat16() if o.precision == 'bfloat16' else a
-    epoch_ms, product_ms = ms(step, o.bench), ms(lambda: a @ a.T, 9)
+    epoch, product = ms(step, o.bench), ms(lambda: a @ a.T, 9)
     train, valid, _ = (len(rows) * d.n_ops for rows in data.split(len(d.y), o.train_frac))
-    n_classes = sum(d.classes) // d.n_ops
-    per_row = 2 * o.d_model * (9 * o.d_model + n_classes)  # forward, by W_O, W_in, W_out, W_U; tables would add 5 %
+    per_row = 2 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # forward: W_O, W_in, W_out, W_U
     gflop = per_row * (3 * train + valid) / 1e9  # backward takes twice the forward
-    rate, limit = gflop / epoch_ms * 1e3, 2 * 4096 ** 2 * 1024 / product_ms / 1e6
-    say(f'{epoch_ms:.4g} ms per epoch, {1e3 / epoch_ms:.4g} epochs/s; {gflop:.3g} GFLOP an epoch at '
-        f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
-    say(json.dumps(dict(epoch_ms=epoch_ms, epoch_gflop=gflop, gflops=rate, product_gflops=limit,
-                        device=device_name(o.device), versions=VERSIONS, config=vars(o))))
-
-
-def sweep_settings(o, argv):
-    """The settings of a sweep as dicts, in an order that the seed fixes: a longer one begins with the shorter."""
-    given, axes = {word.split('=')[0] for word in argv}, {}
-    for axis in o.sweep_space.split():
-        name, _, values = axis.partition('=')
-        good = name in OPTIONS and name not in HOW | {'preset', 'init_from', 'freeze'} | set(axes)
-        twice = f'--{name}' in given and '--sweep_space' in given
-        need(good and values and not twice, f'--sweep_space: {axis!r} is no option=value,value, or is given twice')
-        if name == 'task':  # the formulas of a family, each by itself
-            values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
-        if f'--{name}' not in given:
-            axes[name] = values.split(',')
-    settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
-    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
-    return [settings[i] for i in order[:o.sweep]]
+    rate, limit = gflop / epoch * 1e3, 2 * 4096 ** 2 * 1024 / product / 1e6
+    say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at {rate / limit:.0%} of the '
+        f'{limit:,.0f} GFLOP/s of a matrix product')
+    say(json.dumps(dict(epoch_ms=epoch, gflop=gflop, gflops=rate, product_gflops=limit, device=device,
+                        versions=VERSIONS, config=vars(o))))
 
 
 def sweep(o, argv):
-    """Train every setting that is not trained yet, each in its own folder, then rank all by validation loss in
-    sweep.csv. Each process of torchrun takes its share, and whoever ends last ranks them all: nothing is sent."""
-    settings = sweep_settings(o, argv)
-    root = Path(o.out if any(word.split('=')[0] == '--out' for word in argv) else f'{o.out}-sweep')
-    if WORLD > 1 and o.device == 'cuda':
-        argv = [*argv, f'--device=cuda:{os.environ["LOCAL_RANK"]}']
-    runs = []
-    for setting in settings:  # every fault of an option shows itself before any work is done
+    """Train the settings that are not trained yet, each in its own folder, and rank all by validation loss in
+    sweep.csv. The seed fixes their order: a longer sweep begins with the shorter one. Each process of torchrun
+    takes its share, and whoever ends last ranks them all: nothing is sent."""
+    given, axes = {word.split('=')[0].strip('-') for word in argv}, {}
+    for axis in o.sweep_space.split():
+        name, _, values = axis.partition('=')
+        good = values and name in OPTIONS and name not in HOW | {'preset', 'init_from', 'freeze'} | axes.keys()
+        twice = name in given and 'sweep_space' in given
+        need(good and not twice, f'--sweep_space: {axis!r} is no option=value,value, or is given twice')
+        if name == 'task':  # the formulas of a family, each by itself
+            values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
+        if name not in given:
+            axes[name] = values.split(',')
+    settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
+    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))[:o.sweep].tolist()
+
+    root, runs = Path(o.out if 'out' in given else f'{o.out}-sweep'), []
+    gpu = [f'--device=cuda:{os.environ["LOCAL_RANK"]}'] if WORLD > 1 and o.device == 'cuda' else []
+    for setting in (settings[i] for i in order):  # every fault of an option shows itself before any work is done
         name = ','.join(f'{key}={value}' for key, value in setting.items()).replace('*', 'x')
-        words = [*argv, *(f'--{key}={value}' for key, value in setting.items()), f'--out={root / name}']
+        words = [*argv, *gpu, *(f'--{key}={value}' for key, value in setting.items()), f'--out={root / name}']
         fresh = parse(words)
         data.make(fresh.task, fresh.p)
-        if (root / name / 'ckpt.pt').exists():
-            words.append('--resume')
-            same = changes(parse(words)) == changes(fresh)
-            need(same, f'{root / name} was trained with other options: give the same command, or another --out')
-        runs.append((parse(words), setting))
+        begun = parse([*words, '--resume']) if (root / name / 'ckpt.pt').exists() else fresh
+        need(changes(begun) == changes(fresh), f'{root / name} was trained with other options: give those, or '
+                                               'another --out')
+        runs.append((setting, begun, root / name / 'summary.json'))
 
-    share = runs[RANK::WORLD]
-    began, trained = time.perf_counter(), 0
-    for i, (run_options, _) in enumerate(share):
-        summary = Path(run_options.out, 'summary.json')
-        if summary.exists() and json.loads(summary.read_text())['epochs'] >= run_options.epochs:
+    for setting, begun, summary in runs[RANK::WORLD]:
+        if summary.exists() and json.loads(summary.read_text())['epochs'] >= begun.epochs:
             continue
-        left = (time.perf_counter() - began) / max(trained, 1) * (len(share) - i)
-        eta = f', ETA {timedelta(seconds=round(left))} for all' if trained else ''
-        say(f'\nsetting {i + 1} of {len(share)}: {summary.parent.name}{eta}')
+        say(f'\n{summary.parent.name}, one of {len(runs)} settings')
         try:
-            train(run_options)
+            train(begun)
         except Diverged as e:
             say(f'note: {e}')  # without a summary it ranks last
-        except (KeyboardInterrupt, SystemExit):
-            say('the same command again goes on with the whole sweep')
-            raise
-        trained += 1
 
     rows = []
-    for run_options, setting in runs:
-        row = setting | dict(valid_loss=math.inf, valid_acc='', grokked='', epochs='', wall_s='', folder=run_options.out)
-        if Path(run_options.out, 'summary.json').exists():
-            s = json.loads(Path(run_options.out, 'summary.json').read_text())
-            accs = [task['valid_acc'] for task in s['tasks']]
-            row |= dict(valid_loss=s['objective']['valid'], valid_acc=sum(accs) / len(accs), epochs=s['epochs'],
-                        grokked=sum(acc >= 0.99 for acc in accs), wall_s=s['wall_s'])
+    for setting, begun, summary in runs:
+        row = setting | dict(valid_loss=math.inf, valid_acc='', grokked='', epochs='', wall_s='', folder=begun.out)
+        if summary.exists():
+            s = json.loads(summary.read_text())
+            accs = np.array([task['valid_acc'] for task in s['tasks']])
+            row |= dict(valid_loss=s['objective']['valid'], valid_acc=accs.mean(), grokked=(accs >= 0.99).sum(),
+                        epochs=s['epochs'], wall_s=s['wall_s'])
         rows.append(row)
     rows.sort(key=lambda row: row['valid_loss'])
-    lines = [','.join(rows[0])] + [','.join(f'"{value}"' for value in row.values()) for row in rows]
+    lines = [','.join(rows[0]), *(','.join(f'"{value}"' for value in row.values()) for row in rows)]
     data.write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
     say(f'\nvalidation loss / ln q of {len(rows)} settings, all of them in {root / "sweep.csv"}')
     for row in rows[:10]:
