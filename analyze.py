@@ -17,13 +17,14 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from data import Refusal, load, refuse, write
+from data import Refusal, load, need, refuse, say, write
 from model import Transformer, fast_cpu, task_losses
 
 
@@ -67,6 +68,36 @@ def density_and_ratio(W):
     norms = norms * (longest > 1e-6 * longest.max())
     dense = norms > 0.5 * longest
     return dense.float().mean(), (norms.amin(0) / norms.amax(0).clamp(min=1e-30)).mean()
+
+
+def load_matrix(path):
+    """One matrix of finite numbers from a .npy or .pt file, as float32; nothing in it is executed."""
+    need(path.exists(), f'{path} is not there')
+    need(path.suffix in ('.npy', '.pt'), f'{path} is no .npy or .pt file')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # a complex matrix would lose its imaginary part
+            if path.suffix == '.npy':
+                m = np.load(path, allow_pickle=False).astype(np.float32)
+            else:
+                m = torch.load(path, map_location='cpu', weights_only=True).detach().float().numpy()
+    except Exception as e:  # numpy and torch raise a dozen types here
+        refuse(f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
+    need(m.ndim == 2 and m.size, f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
+    need(np.isfinite(m).all(), f'{path} has numbers that are not finite in float32')
+    return torch.from_numpy(m)
+
+
+def rows_for(path, p, width):
+    """The matrix in a file as the embedding of p digits, (p, width): other widths are brought there by fixed random
+    directions, which keep lengths and angles, roughly. Raises Refusal."""
+    rows = load_matrix(path)
+    need(len(rows) == p, f'{path} has {len(rows)} rows, one for each of {p} digits are needed')
+    if rows.shape[1] == width:
+        return rows
+    say(f'note: {rows.shape[1]} columns of {path}, brought to {width} by a random projection (seed 0)')
+    directions = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(0))
+    return rows @ directions / width ** 0.5
 
 
 def by_discrete_log(p):
@@ -270,6 +301,14 @@ def neuron_spectra(neurons, p, solver):
     parts, dft = decompose(neurons, p, solver), dft2(neurons, p)
     return dict(spectrum=dft.mean((1, 2)), sum_power=parts['waves'][0].mean(1), difference_power=parts['waves'][1].mean(1),
                 variance=torch.stack([parts['variance'].mean(), parts['marginals'].mean()]), active=active_counts(dft, parts['alive']))
+
+
+@torch.no_grad()
+def spectra_of(model, d, solver):
+    """`neuron_spectra` of a model over all inputs of the data d."""
+    acts, n_pairs = {}, len(d.y)
+    model(d.x, acts=acts)
+    return neuron_spectra(acts['neurons'].float().view(n_pairs, -1), round(n_pairs ** 0.5), solver)
 
 
 def carried(share, p):
@@ -476,7 +515,67 @@ def grok_epochs(acc, final):
     return int(up.argmax()) if up.any() else None, int(held) if held < len(up) else None
 
 
+def scores(d, logits, parts, task_weight, valid_acc):
+    """What every task came to at the end of a run, a list of dicts, and the objective of each part of the split.
+
+    logits: {part: (n, columns)}, parts: {part: (tokens, targets (n, Q))} for train, valid, test. valid_acc (E, Q): validation accuracy by epoch, for the epochs of 99 %, see `grok_epochs`. Without a modulus with the five numbers of `errors`.
+    """
+    tasks = [dict(name=name, classes=q) for name, q in zip(d.names, d.classes)]
+    objective = {}
+    for part, z in logits.items():
+        loss, acc = task_losses(z, parts[part][1], d.classes)
+        objective[part] = (task_weight @ loss).item()
+        for i, task in enumerate(tasks):
+            task |= {f'{part}_loss': loss[i].item(), f'{part}_acc': acc[i].item()}
+        if not d.modular:
+            tasks[0][f'{part}_errors'] = plain(errors(z, parts[part][1][:, 0]))
+    for i, task in enumerate(tasks):
+        task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
+    return tasks, objective
+
+
+def score_table(tasks):
+    """The same as lines of text."""
+    lines = ['', f'{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} {"for good":>9s}']
+    accs = np.array([[task[f'{part}_acc'] for part in ('train', 'valid', 'test')] for task in tasks])
+    for task, row in zip(tasks, accs):
+        epochs = [task['grok_epoch'], task['grok_epoch_sustained']]
+        first, held = ('-' if epoch is None else f'{epoch:,}' for epoch in epochs)
+        lines.append(f'{task["name"]:18s}' + ''.join(f' {acc:9.4f}' for acc in row) + f' {first:>24s} {held:>9s}')
+    solved = f'{(accs[:, 1] == 1).sum()} of {len(tasks)} at 1.0'
+    lines.append(f'{"mean":18s}' + ''.join(f' {acc:9.4f}' for acc in accs.mean(0)) + f' {solved:>24s}')
+    for part in ('valid', 'test') if 'test_errors' in tasks[0] else ():
+        named = zip(SCORES, tasks[0][f'{part}_errors'])
+        lines.append(f'{part}: ' + ', '.join(f'{name} {value:.4f}' for name, value in named))
+    return '\n'.join(lines)
+
+
+def rank(root, settings, folders):
+    """Rank runs by validation loss in root/sweep.csv, those without a summary last. settings: list of dicts. -> text."""
+    rows = []
+    for setting, folder in zip(settings, folders):
+        summary = Path(folder, 'summary.json')
+        row = setting | dict(valid_loss=np.inf, valid_acc='', grokked='', epochs='', wall_s='', folder=folder)
+        if summary.exists():
+            s = json.loads(summary.read_text())
+            accs = np.array([task['valid_acc'] for task in s['tasks']])
+            row |= dict(valid_loss=s['objective']['valid'], valid_acc=accs.mean(), grokked=(accs >= 0.99).sum(),
+                        epochs=s['epochs'], wall_s=s['wall_s'])
+        rows.append(row)
+    rows.sort(key=lambda row: row['valid_loss'])
+    lines = [','.join(rows[0])] + [','.join(f'"{value}"' for value in row.values()) for row in rows]
+    write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
+    best = [f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}' for row in rows[:10]]
+    return '\n'.join(['', f'validation loss / ln q of {len(rows)} settings, all of them in {root / "sweep.csv"}', *best])
+
+
 # ---------------------------------------------------------------------------------------------------- a run
+
+def network(o, d):
+    """A new model for the data d by the options o, a dict. Formulas share their columns: the operation token tells them apart."""
+    n_classes, n_tasks = sum(d.classes) // d.n_ops, len(d.classes) // d.n_ops
+    return Transformer(o['p'], o['d_model'], o['n_heads'], n_classes, d.n_ops, n_tasks, o.get('init', 'he'))
+
 
 def load_records(folder, classes, epoch):
     """metrics.npz of a run, checked and cut to the epochs before the checkpoint; {} if there is none or it is of another run."""
@@ -512,7 +611,7 @@ class Folder:
             self.data = data.make(o['task'], self.p, o['data_seed'])
             self.rows = data.split(self.p ** 2, o['train_frac'], o['data_seed'])
             torch.manual_seed(o['seed'])  # train.py starts there
-            self.net = Transformer.of(self.data, self.p, o['d_model'], o['n_heads'], o.get('init', 'he')).requires_grad_(False)
+            self.net = network(o, self.data).requires_grad_(False)
         except Exception as e:
             raise Refusal(f'{path}/ckpt.pt is not of this program: {" ".join(repr(e).split())[:150]}')
         self.initial = {n: w.clone() for n, w in self.net.state_dict().items()}
@@ -683,7 +782,7 @@ def analyse(path, tau=0):
 def analyse_matrix(path):
     """Any matrix with a row per number (.npy or .pt): its spectrum over the rows, the periods that stand out beside shuffles of the rows,
     singular values. -> numbers, arrays. Raises Refusal."""
-    W = data.load_matrix(Path(path))
+    W = load_matrix(Path(path))
     if len(W) < 8:
         raise Refusal(f'{path} has {len(W)} rows, a spectrum over them needs 8')
     if not (W - W[0]).any():

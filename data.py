@@ -1,4 +1,4 @@
-"""Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment, nothing downloaded.
+"""Data: all p^2 pairs of digits, the targets of a task, a seeded split. Built in a moment.
 
 Row n of the targets is of the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at
 e ("=", id p). With O formulas in one task the last token names the formula (ids p, p+1, ...), and each number
@@ -11,13 +11,16 @@ import operator
 import os
 import re
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not held
+    fcntl = None
 
 TASKS = ('miiii', 'nanda', 'basis', 'masked', 'add')
 FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means all of them in one network
@@ -135,7 +138,7 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
 # ---------------------------------------------------------------- files, and what the user can mend
 
 class Refusal(Exception):
-    """Something the user can mend: reported in one line, exit code 2. `make` to `load_matrix` raise it."""
+    """Something the user can mend: reported in one line, exit code 2. All above and below raise it."""
 
 
 def refuse(message):
@@ -178,22 +181,18 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
     return content
 
 
-def load_matrix(path):
-    """One matrix of finite numbers from a .npy or .pt file, as float32; nothing in it is executed."""
-    need(path.exists(), f'{path} is not there')
-    need(path.suffix in ('.npy', '.pt'), f'{path} is no .npy or .pt file')
+def claim(out):
+    """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / 'lock', 'w')
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')  # a complex matrix would lose its imaginary part
-            if path.suffix == '.npy':
-                m = np.load(path, allow_pickle=False).astype(np.float32)
-            else:
-                m = torch.load(path, map_location='cpu', weights_only=True).detach().float().numpy()
-    except Exception as e:  # numpy and torch raise a dozen types here
-        refuse(f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
-    need(m.ndim == 2 and m.size, f'{path} must hold one matrix, a row per number, not {list(m.shape)}')
-    need(np.isfinite(m).all(), f'{path} has numbers that are not finite in float32')
-    return torch.from_numpy(m)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f'another run is at work in {out}')
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def say(text, end='\n', file=None):

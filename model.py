@@ -6,8 +6,9 @@ read at the last position (Syrkis & Søgaard 2024, eq. 7 to 11):
     z = drop(z + ReLU(z W_in) W_out)
     logits = z[:, -1] W_U
 
-N rows, T = 3 tokens, V token ids, D width, H heads, K = D/H, F = 4D neurons, Q tasks, C classes of all tasks.
+N rows, T = 3 tokens, O operations, V = p + O, D width, H heads, K = D/H, F = 4D neurons, Q tasks, C classes.
 """
+import contextlib
 import ctypes
 import itertools
 import math
@@ -16,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Fan-in of each matrix: initial weights are normal with std sqrt(2 / fan-in). `he`, as in the paper's text: the
-# dimension that the matrix contracts. `reference`, as in its code: JAX counts the stack of heads or tasks, too.
-FAN_IN = dict(
-    he=dict(W_E='V', W_pos='T', W_Q='D', W_K='D', W_V='D', W_O='D', W_in='D', W_out='F', W_U='D'),
-    reference=dict(W_E='V', W_pos='T', W_Q='HD', W_K='HD', W_V='HD', W_O='D', W_in='D', W_out='F', W_U='QD'))
+# Initial weights have std sqrt(2 / fan-in). The fan-in of `he`, as in the paper's text, is the dimension that
+# the matrix contracts. `reference`, as in its code: JAX counts the stack of heads or tasks, too.
+HE = dict(W_E='V', W_pos='T', W_Q='D', W_K='D', W_V='D', W_O='D', W_in='D', W_out='F', W_U='D')
+FAN_IN = dict(he=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD', W_U='QD'))
 
 
 class Transformer(nn.Module):
@@ -38,19 +38,11 @@ class Transformer(nn.Module):
 
         self.W_E = weight('W_E', V, D)
         self.W_pos = weight('W_pos', 3, D)
-        self.W_Q = weight('W_Q', H, D, K)
-        self.W_K = weight('W_K', H, D, K)
-        self.W_V = weight('W_V', H, D, K)
+        self.W_Q, self.W_K, self.W_V = (weight(name, H, D, K) for name in ('W_Q', 'W_K', 'W_V'))
         self.W_O = weight('W_O', H, K, D)
         self.W_in = weight('W_in', D, 4 * D)
         self.W_out = weight('W_out', 4 * D, D)
         self.W_U = weight('W_U', D, n_classes)
-
-    @classmethod
-    def of(cls, d, p, d_model, n_heads, init='he'):
-        """For the data d in base p. Formulas share their columns: the operation token tells which one is asked."""
-        n_tasks = len(d.classes) // d.n_ops
-        return cls(p, d_model, n_heads, sum(d.classes) // d.n_ops, d.n_ops, n_tasks, init)
 
     def forward(self, x, drop=(1, 1), acts=None):
         """Token ids (N, 3) -> logits (N, C).
@@ -58,9 +50,9 @@ class Transformer(nn.Module):
         drop: two masks, (1, D) for the whole batch or (N, D), already divided by the share they keep.
         acts: a dict that receives what analysis looks at, all of the last position.
 
-        Only the last position is read, so queries, W_O, the MLP and W_U are needed there alone; and a score or
-        value depends on token, position and operation alone, so that all there are stand in tables. This is
-        exact algebra with a third of the work of the general form, to which the tests hold it.
+        Only the last position is read, so queries, W_O, MLP and W_U are needed there alone. A score or value
+        depends on token, position and operation alone, so that tables hold all there are. This is exact
+        algebra, a third of the work of the general form, to which the tests hold it.
         """
         (H, D, K), V = self.W_Q.shape, len(self.W_E)
         with torch.autocast(x.device.type, enabled=False):  # attention is cheap: float32 always
@@ -69,7 +61,7 @@ class Transformer(nn.Module):
             keys = torch.einsum('tvd,hdk->tvhk', table, self.W_K)                # T V H K
             values = torch.einsum('tvd,hdk->tvhk', table, self.W_V)              # T V H K
             scores = torch.einsum('ohk,tvhk->otvh', queries[-self.n_ops:], keys) / K ** 0.5  # O T V H
-            row = x + V * torch.arange(3, device=x.device)                       # N T, of a table with T V rows
+            row = x + V * torch.arange(3, device=x.device)                       # N T, of T V rows
             op = x[:, 2:] - V + self.n_ops                                       # N 1
             att = F.embedding(3 * V * op + row, scores.view(-1, H)).softmax(1)   # N T H
             v = F.embedding(row, values.view(-1, D)).view(-1, 3, H, K)           # N T H K
@@ -96,19 +88,16 @@ def task_losses(logits, y, classes):
     right = z.gather(1, columns)                                                 # N Q
     wrong = z.scatter(1, columns, -torch.inf).split(classes, 1)                  # Q times N q
     top = torch.stack([block.detach().amax(1) for block in wrong], 1)            # N Q
-    total = torch.stack([(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))], 1)
-    loss = F.softplus(total.log() + (top - right))                               # N Q, the log of the sum less right
+    sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
+    loss = F.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
     return loss.mean(0), (right > top).sum(0) / len(y)
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for matrices and stacks of them (heads):
-
+    """Orthogonalised momentum (Jordan et al. 2024), for matrices and stacks of them (heads):
     m <- mu m + (1 - mu) g ;  u <- mu m + (1 - mu) g
     W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(u)
-
-    As torch.optim.Muon, which takes neither stacks nor a learning rate that lives on the device.
-    """
+    torch.optim.Muon is the same, but takes neither stacks nor a learning rate that lives on the device."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -143,17 +132,15 @@ def fast_cpu():
     a = torch.linspace(-1, 1, 2 ** 16).sin().view(256, 256)
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
         torch.set_float32_matmul_precision('highest')  # ... unless it would round them to bfloat16
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
         libc = ctypes.CDLL(None)  # keep big buffers instead of giving them back to the kernel at every use
         libc.mallopt(-4, 0)
         libc.mallopt(-1, 2 ** 31 - 1)
-    except (OSError, AttributeError, TypeError):  # not glibc
-        pass
 
 
 def captured(fn):
-    """fn as one CUDA graph: one launch per epoch. The first three calls run plainly and count like any other;
-    they warm up what a capture must not meet cold. The fourth captures. (Not run on a GPU yet.)"""
+    """fn as one CUDA graph, one launch per epoch (not run yet). The first three calls run plainly and count
+    like any other: they warm up what a capture must not meet cold. The fourth captures."""
     graph, side, calls, out = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
 
     def call():

@@ -2,8 +2,7 @@
 
     python train.py                            # 29 tasks at once, p = 113, by a fast recipe
     python train.py --preset paper             # the same by the paper's recipe
-    python train.py --task nanda               # modular addition
-    python train.py --task "a^2+b"             # any polynomial in a and b mod p; "a+b,a*b" share one network
+    python train.py --task "a^2+b"             # nanda, add, or polynomials mod p; "a+b,a*b" share one network
     python train.py --resume --out out/miiii   # go on where a run stopped
     python train.py --bench 50                 # how fast
     python train.py --sweep 20 --preset paper  # 20 settings of the paper's grid; once more goes on with them
@@ -25,11 +24,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where run folders are not locked
-    fcntl = None
-
 import numpy as np
 import torch
 from torch.utils import benchmark
@@ -37,10 +31,10 @@ from torch.utils import benchmark
 import analyze
 import data
 from data import Refusal, need, refuse, say
-from model import FAN_IN, Muon, Transformer, captured, fast_cpu, task_losses
+from model import FAN_IN, Muon, captured, fast_cpu, task_losses
 
 # ---------------------------------------------------------------- options
-# The defaults are the fast recipe for the 29 tasks; PRESETS says what other recipes change.
+# The defaults are the fast recipe for the 29 tasks; PRESETS below says what others change.
 
 OPTIONS = {}  # name: (default, help, choices)
 
@@ -76,7 +70,7 @@ option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (
 option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
 option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper')
 option('device', 'auto', 'auto, cpu, cuda or cuda:N')
-option('compile', 'auto', 'torch.compile, and on CUDA one graph per epoch; auto = on CUDA', 'auto', 'on', 'off')
+option('compile', 'auto', 'torch.compile, on CUDA one graph per epoch; auto = on CUDA', 'auto', 'on', 'off')
 option('out', '', 'run folder; out/TASK if not given')
 option('resume', False, 'go on with the run in the folder; its own options hold')
 option('bench', 0, 'time so many epochs instead, and save nothing')
@@ -88,11 +82,10 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, decay_from=1, alpha=1, d_model=2 ** 14, epochs=10 ** 7)
 
-SMALL = dict(train_frac=0.3, d_model=128, spectra_every=256)
-FAST_NANDA = SMALL | dict(muon_decay=0.3, epochs=1000)
+FAST_NANDA = dict(train_frac=0.3, d_model=128, muon_decay=0.3, epochs=1000, spectra_every=256)
 PAPER = dict(train_frac=0.3, optimizer='adamw', lr=3e-4, weight_decay=1 / 3, decay_from=1.0, lamb=0.5,
              epochs=65536, spectra_every=256)
-PAPER_NANDA = PAPER | SMALL | dict(dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
+PAPER_NANDA = PAPER | dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
 PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
     fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
               add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
@@ -116,60 +109,48 @@ def changes(o):
 
 def parse(argv):
     """Command line -> all options: defaults < preset < given. A resumed run keeps its own. Raises Refusal."""
-    about = ['what presets change:']
-    for preset, kinds in PRESETS.items():
-        about += [f'  {preset} {kind}: {analyze.flags(some) or "nothing"}' for kind, some in kinds.items()]
-    about += ['families of formulas:', *(f'  {name}: {formulas}' for name, formulas in data.FAMILIES.items())]
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog='\n'.join(about), formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    about = ['presets change:', *(f'  {name} {kind}: {analyze.flags(some)}' for name, kinds in PRESETS.items()
+                                  for kind, some in kinds.items())]
+    about += ['families:', *(f'  {name}: {formulas}' for name, formulas in data.FAMILIES.items())]
+    parser = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # in one line
     for name, (default, text, choices) in OPTIONS.items():
-        kind = dict(type=type(default), choices=choices or None)
-        kind = dict(action='store_true') if default is False else kind
+        of_value = dict(type=type(default), choices=choices or None)
+        kind = dict(action='store_true') if default is False else of_value
         parser.add_argument(f'--{name}', help=f'{text} (default: {default})', **kind)
     given = vars(parser.parse_args(argv))
     o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
     o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
-    cuda = ['cuda'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    o.device = (cuda or ['cpu'])[0] if o.device == 'auto' else o.device
-    need(o.device in ['cpu', *cuda], f'device {o.device} is not available, here is {", ".join(["cpu", *cuda])}')
+    here = [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['cpu']
+    o.device = here[0] if o.device == 'auto' else 'cuda:0' if o.device == 'cuda' else o.device
+    need(o.device in here, f'device {o.device} is not available, here is {", ".join(here)}')
     if o.resume:
         own = data.load(Path(o.out, 'ckpt.pt'))['config']
         need(set(own) <= set(OPTIONS), f'{o.out} has options that this version does not know')
         o = argparse.Namespace(**DEFAULTS | own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
         for name, value in given.items():
-            agrees = name in HOW or value == getattr(o, name)
-            need(agrees, f'the run in {o.out} disagrees: --{name} is {getattr(o, name)} there, {value} here (only '
-                         'epochs may grow); leave the option out, or start anew in another --out')
+            own = vars(o)[name]
+            need(name in HOW or value == own,
+                 f'{o.out} was run with --{name} {own}, not {value}: leave that out (only epochs may grow)')
     for name, value in vars(o).items():
-        most = AT_MOST.get(name, 2 ** 32)
-        fine = isinstance(value, str) or 0 <= value <= most
-        need(fine, f'--{name} must lie between 0 and {most}, not {value}')
-    need(o.epochs > 0, '--epochs must be at least 1')
-    divides = o.n_heads > 0 and o.d_model > 0 and o.d_model % o.n_heads == 0
-    need(divides, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
+        least, most = name in ('epochs', 'd_model', 'n_heads'), AT_MOST.get(name, 2 ** 32)
+        fine = isinstance(value, str) or least <= value <= most
+        need(fine, f'--{name} must lie between {least:d} and {most}, not {value}')
+    need(o.d_model % o.n_heads == 0, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
     need(o.init_from or not o.freeze and o.copy == 'all', '--copy and --freeze go with --init_from')
     return o
 
 
-# ---------------------------------------------------------------- one run
-
 def train(o):
-    """One run, as train(parse(['--task', 'nanda'])). Returns its folder. Raises Refusal, also if it diverges, and
-    after Ctrl-C or a signal, when it has saved, KeyboardInterrupt or SystemExit."""
-    with contextlib.ExitStack() as held:  # what ends with the run: the claim on its folder, signal handlers
-        return run(o, held)
-
-
-def run(o, held):
-    """From the data to the final table."""
+    """One run from the data to the final table, as train(parse(['--task', 'nanda'])). Returns its folder.
+    Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
     out, cuda = Path(o.out), o.device != 'cpu'
-    if ':' in o.device:
-        torch.cuda.set_device(o.device)
     torch.manual_seed(o.seed)
     if cuda:
+        torch.cuda.set_device(o.device)
         torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')
     else:
         fast_cpu()
@@ -179,13 +160,12 @@ def run(o, held):
     d = data.make(o.task, o.p, o.data_seed, o.device)
     split = data.split(len(d.y), o.train_frac, o.data_seed)
     parts = {name: d.part(rows.to(o.device)) for name, rows in zip(('train', 'valid', 'test'), split)}
-    x_train, y_train = parts['train']
-    x_valid, y_valid = parts['valid']
+    (x_train, y_train), (x_valid, y_valid), _ = parts.values()
     ln_q = torch.tensor(d.classes, device=o.device).log()
     task_weight = d.in_loss / d.in_loss.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
 
     # model
-    model = Transformer.of(d, o.p, o.d_model, o.n_heads, o.init).to(o.device)
+    model = analyze.network(vars(o), d).to(o.device)
     if o.init_from:
         copy_weights(model, o)
     named = {name: w for name, w in model.named_parameters() if w.requires_grad}
@@ -193,7 +173,7 @@ def run(o, held):
     net, losses = model, task_losses
     if o.compile == 'on' or o.compile == 'auto' and cuda:
         compiler = os.environ.get('CC' if cuda else 'CXX') or ('gcc' if cuda else 'g++')
-        need(shutil.which(compiler), f'torch.compile needs the compiler {compiler}; --compile off does without')
+        need(shutil.which(compiler), f'torch.compile needs {compiler}; --compile off does without it')
         torch.compiler.reset()  # torch compiles few versions of one function, and a sweep has many
         net = torch.compile(model, dynamic=False)
         losses = torch.compile(losses, dynamic=False) if cuda else losses
@@ -211,8 +191,7 @@ def run(o, held):
         if not o.dropout:
             return 1, 1
         rows = len(x_train) if o.dropout_mask == 'example' else 1
-        keep = torch.rand(2, rows, o.d_model, device=o.device).ge_(o.dropout)
-        return keep.div_(1 - o.dropout)
+        return torch.rand(2, rows, o.d_model, device=o.device).ge_(o.dropout).div_(1 - o.dropout)
 
     def scores(x, y, drop=(1, 1)):
         with bfloat16:
@@ -245,9 +224,8 @@ def run(o, held):
     spectra = {}
     if o.spectra_every and d.modular:
         solver = [matrix.to(o.device) for matrix in analyze.solver_for(o.p, d)]
-        n_spectra = -(-o.epochs // o.spectra_every)
-        empty = analyze.neuron_spectra(torch.zeros(o.p ** 2, 1, device=o.device), o.p, solver)
-        spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in empty.items()}
+        n_spectra, one = -(-o.epochs // o.spectra_every), analyze.spectra_of(model, d, solver)
+        spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0
 
     def save():
@@ -261,16 +239,12 @@ def run(o, held):
         if epoch:
             data.write(out / 'metrics.npz', lambda f: np.savez(f, **records))
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(o.device) if cuda else None)
-        state = dict(
-            model=model.state_dict(), optimizer=[x.state_dict() for x in optimizers],
-            filter=dict(zip(named, memory)), step=epoch, rng=rng, config=vars(o), versions=VERSIONS, wall_s=wall)
-        data.write(out / 'ckpt.pt', lambda f: torch.save(state, f))
+        ckpt = dict(model=model.state_dict(), optimizer=[x.state_dict() for x in optimizers], step=epoch,
+                    filter=dict(zip(named, memory)), rng=rng, config=vars(o), versions=VERSIONS, wall_s=wall)
+        data.write(out / 'ckpt.pt', lambda f: torch.save(ckpt, f))
 
-    if not o.bench:
-        held.enter_context(claim(out))
-        files = ('ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots')
-        need(o.resume or not any((out / name).exists() for name in files), f'{out} holds a run; go on with it by --resume, or choose another --out')
-    if o.resume:
+    def restore():
+        nonlocal epoch, wall
         ckpt = data.load(out / 'ckpt.pt')
         need(ckpt['optimizer'], f'cannot resume {out}: a copy made for looking, without optimiser state')
         try:
@@ -279,123 +253,110 @@ def run(o, held):
             for optimizer, state in zip(optimizers, ckpt['optimizer'], strict=True):
                 groups = optimizer.state_dict()['param_groups']  # ours: the rates on our device
                 optimizer.load_state_dict(state | dict(param_groups=groups))
-                need(not epoch or len(optimizer.state) == len(groups[0]['params']), 'no optimiser state')
             for name, m in zip(named, memory):
                 m.copy_(ckpt['filter'][name])
             torch.set_rng_state(ckpt['rng']['cpu'])
             if cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], o.device)
             records = np.load(out / 'metrics.npz') if epoch else {}
-            for name in records.keys() & (history | spectra).keys():
+            for name, table in (history | spectra).items() if epoch else ():
                 n = epoch if name in history else -(-epoch // o.spectra_every)
-                (history | spectra)[name][:n] = torch.from_numpy(records[name][:n])
+                table[:n] = torch.from_numpy(records[name][:n])
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
-            refuse(f'cannot resume {out}: ckpt.pt or metrics.npz is damaged, missing or foreign ({str(e)[:150]!r})')
+            refuse(f'cannot resume {out}: ckpt.pt or metrics.npz is damaged or missing ({str(e)[:150]!r})')
+
+    if cuda and net is not model:
+        step = captured(step)
+    device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    device = torch.cuda.get_device_name(o.device) if cuda else device
+    sizes, n_params = dict(zip(parts, map(len, split))), sum(w.numel() for w in model.parameters())
+    rows = ' + '.join(f'{n} {part}' for part, n in sizes.items())
+    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {rows} rows, {n_params:,} parameters, {device}')
+    say(f'preset {o.preset}, changed: {analyze.flags(changes(o)) or "nothing"}')
+    idle = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout)
+    for name in changes(o):
+        if idle.get(name) or name == 'spectra_every' and not d.modular:
+            say(f'note: --{name} has no effect here')
+    if o.bench:
+        return bench(o, d, device, step)
 
     # ---------------------------------------------------------------- the loop
 
-    with torch.no_grad():
-        start_loss = (scores(x_valid, y_valid)[0] / ln_q).mean()
-    n_params = sum(w.numel() for w in model.parameters())
-    rows = '/'.join(str(len(part)) for part in split)
-    device = torch.cuda.get_device_name(o.device) if cuda else f'{platform.machine()} CPU'
-    device += '' if cuda else f', {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
-    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {sum(d.classes):,} classes, {rows} train/valid/test rows, '
-        f'{n_params:,} parameters, {device}')
-    say(f'preset {o.preset}, changed: {analyze.flags(changes(o)) or "nothing"}')
-    unused = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout,
-                  spectra_every=not d.modular)
-    for name in changes(o):
-        if unused.get(name):
-            say(f'note: --{name} has no effect here')
-    say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
-    if cuda and net is not model:
-        step = captured(step)
-    if o.bench:
-        return bench(o, d, device, step)
-    if not o.resume:
-        save()  # a full or read-only disk shows itself before any work is done
-    stop = stop_signals(held)
-    one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
-    look_every = 1 if one_line else 30  # seconds
-    looked = saved = time.perf_counter()
-    looked_epoch, save_cost = epoch, 0.0
-    last = epoch == o.epochs
-    while not last:
-        if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
-            left = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
-            for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
-                optimizer.param_groups[0]['lr'].fill_(lr * min(1, left))
-        if snapshot_due(epoch, o.snapshots):
-            snapshot = dict(model=model.state_dict(), step=epoch)
-            data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f))
-        if spectra and epoch % o.spectra_every == 0:
-            with torch.no_grad(), bfloat16:
-                model(d.x, acts=(acts := {}))
-            neurons = acts['neurons'].float().view(o.p ** 2, -1)
-            for name, row in analyze.neuron_spectra(neurons, o.p, solver).items():
-                spectra[name][epoch // o.spectra_every] = row
+    with data.claim(out), contextlib.ExitStack() as held:
+        used = {'ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots'} & set(os.listdir(out))
+        need(o.resume or not used, f'{out} holds a run; go on with it by --resume, or choose another --out')
+        restore() if o.resume else save()  # a full or read-only disk shows itself before any work is done
+        with torch.no_grad():
+            start_loss = (scores(x_valid, y_valid)[0] / ln_q).mean()
+        say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
 
-        for name, row in step().items():
-            history[name][epoch] = row
-        epoch += 1
+        stop = stop_signals(held)
+        one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
+        look_every = 1 if one_line else 30  # seconds
+        looked = saved = time.perf_counter()
+        looked_epoch, save_cost = epoch, 0.0
+        last = epoch == o.epochs
+        while not last:
+            if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
+                left = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
+                for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
+                    optimizer.param_groups[0]['lr'].fill_(lr * min(1, left))
+            if snapshot_due(epoch, o.snapshots):
+                snapshot = dict(model=model.state_dict(), step=epoch)
+                data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f))
+            if spectra and epoch % o.spectra_every == 0:
+                with bfloat16:
+                    found = analyze.spectra_of(model, d, solver)
+                for name, row in found.items():
+                    spectra[name][epoch // o.spectra_every] = row
 
-        # from here on: now and then the host looks, the only wait for the device
-        now = time.perf_counter()
-        last = epoch == o.epochs or bool(stop)
-        if not last and now - looked < look_every:
-            continue
-        rows = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
-        bad = [f'{name} of {columns[name][j]} at epoch {looked_epoch + i}' for name, table in rows.items()
-               for i, j in np.argwhere(~np.isfinite(table))[:1]]
-        bad += [f'{name} at epoch {epoch}' for name, w in named.items() if not w.isfinite().all()]
-        if bad:
-            raise Diverged(f'{bad[0]} is not finite; the last good checkpoint in {out} is kept; '
-                           'start anew in another --out with a lower --lr or --muon_lr')
-        now = time.perf_counter()
-        rate = (epoch - looked_epoch) / (now - looked)
-        wall += now - looked
-        looked, looked_epoch = now, epoch
-        acc, left = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
-        line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {left}  grokked '
-                f'{(acc >= 0.99).sum()}/{len(acc)}  valid mean {acc.mean():.3f} worst {acc.min():.3f}  '
-                f'{rate:.3g} epochs/s')
-        if one_line:
-            line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
-        say(line, end='' if one_line and not last else '\n')
-        if last or now - saved > max(30, 20 * save_cost):
-            save()
-            saved = time.perf_counter()
-            save_cost = saved - now
+            for name, row in step().items():
+                history[name][epoch] = row
+            epoch += 1
 
-    if epoch < o.epochs:
-        again = [sys.executable, os.path.abspath(__file__), '--resume', '--out', o.out]
-        say(f'saved at epoch {epoch:,}; go on with: {shlex.join(again)}')
-        raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+            # from here on: now and then the host looks, the only wait for the device
+            now = time.perf_counter()
+            last = epoch == o.epochs or bool(stop)
+            if not last and now - looked < look_every:
+                continue
+            rows = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
+            bad = [f'{name} of {columns[name][j]} at epoch {looked_epoch + i}' for name, block in rows.items()
+                   for i, j in np.argwhere(~np.isfinite(block))[:1]]
+            bad += [f'{name} at epoch {epoch}' for name, w in named.items() if not w.isfinite().all()]
+            if bad:
+                raise Diverged(f'{bad[0]} is not finite; the last good checkpoint in {out} is kept; '
+                               'start anew in another --out with a lower --lr or --muon_lr')
+            now = time.perf_counter()
+            rate = (epoch - looked_epoch) / (now - looked)
+            wall += now - looked
+            looked, looked_epoch = now, epoch
+            acc, left = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
+            line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {left}  grokked '
+                    f'{(acc >= 0.99).sum()}/{len(acc)}  valid mean {acc.mean():.3f} worst {acc.min():.3f}  '
+                    f'{rate:.3g} epochs/s')
+            if one_line:
+                line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
+            say(line, end='' if one_line and not last else '\n')
+            if last or now - saved > max(30, 20 * save_cost):
+                save()
+                saved = time.perf_counter()
+                save_cost = saved - now
 
-    # the last figures of every task; the test rows are touched here, once
-    final = {}
-    for part, (x, y) in parts.items():
+        if epoch < o.epochs:
+            again = [sys.executable, os.path.abspath(__file__), '--resume', '--out', o.out]
+            say(f'saved at epoch {epoch:,}; go on with: {shlex.join(again)}')
+            raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+
+        # the last figures of every task; the test rows are touched here, once
         with torch.no_grad(), bfloat16:
-            logits = model(x).view(len(y), -1).float()
-        loss, acc = task_losses(logits, y, d.classes)
-        final[part] = dict(loss=loss, acc=acc)
-        if not d.modular:
-            final[part]['errors'] = torch.tensor([analyze.errors(logits, y[:, 0])])
-    tasks = []
-    for i, name in enumerate(d.names):
-        first, held = analyze.grok_epochs(history['valid_acc'][:, i].cpu().numpy(), final['valid']['acc'][i].item())
-        task = dict(name=name, classes=d.classes[i], grok_epoch=first, grok_epoch_sustained=held)
-        for part, scores in final.items():
-            task |= {f'{part}_{key}': values[i].tolist() for key, values in scores.items()}
-        tasks.append(task)
-    table(tasks)
-    objective = {part: (task_weight @ scores['loss']).item() for part, scores in final.items()}
-    summary = dict(tasks=tasks, objective=objective, split=dict(zip(parts, map(len, split))), epochs=epoch,
-                   wall_s=wall, epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
-                   changed=changes(o))
-    data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
-    say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
+            logits = {part: model(x).view(len(y), -1).float() for part, (x, y) in parts.items()}
+        tasks, objective = analyze.scores(d, logits, parts, task_weight, history['valid_acc'].cpu().numpy())
+        summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
+                       epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
+                       changed=changes(o))
+        data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+        say(analyze.score_table(tasks))
+        say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
     return out
 
 
@@ -403,86 +364,52 @@ class Diverged(Refusal):
     """A loss, gradient or weight is not finite."""
 
 
-def table(tasks):
-    """Print what every task came to."""
-    say(f'\n{"task":18s} {"train acc":>9s} {"valid acc":>9s} {"test acc":>9s} {"valid >= .99 from epoch":>24s} '
-        f'{"for good":>9s}')
-    accs = np.array([[task[f'{part}_acc'] for part in ('train', 'valid', 'test')] for task in tasks])
-    for task, row in zip(tasks, accs):
-        epochs = [task['grok_epoch'], task['grok_epoch_sustained']]
-        first, held = ('-' if epoch is None else f'{epoch:,}' for epoch in epochs)
-        say(f'{task["name"]:18s}' + ''.join(f' {acc:9.4f}' for acc in row) + f' {first:>24s} {held:>9s}')
-    solved = f'{(accs[:, 1] == 1).sum()} of {len(tasks)} at 1.0'
-    say(f'{"mean":18s}' + ''.join(f' {acc:9.4f}' for acc in accs.mean(0)) + f' {solved:>24s}')
-    for part in ('valid', 'test') if 'test_errors' in tasks[0] else ():
-        scores = zip(analyze.SCORES, tasks[0][f'{part}_errors'])
-        say(f'{part}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores))
-
-
 def snapshot_due(epoch, per_doubling):
     """At epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever the length of the run."""
-    s = per_doubling
-    return s > 0 and (epoch == 0 or epoch == round(2 ** (round(s * math.log2(epoch)) / s)))
+    steps = per_doubling and round(per_doubling * math.log2(max(epoch, 1)))
+    return per_doubling > 0 and epoch in (0, round(2 ** (steps / per_doubling)))
 
 
 def copy_weights(model, o):
     """--init_from, --copy, --freeze: matrices of another run, or W_E of the digits from a file."""
     source, ours = Path(o.init_from), model.state_dict()
-    names = dict(embed=['W_E'], block=['W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'], all=list(ours))[o.copy]
-    if source.suffix in ('.npy', '.pt') and not source.is_dir():
-        need(o.copy != 'block', '--init_from with a file is for W_E: --copy embed')
-        rows = data.load_matrix(source)
-        need(len(rows) == o.p, f'{source} has {len(rows)} rows, one for each of {o.p} digits are needed')
-        if rows.shape[1] != o.d_model:  # by random directions, which keep lengths and angles, roughly
-            say(f'note: {source} has {rows.shape[1]} columns, a random projection (seed 0) makes {o.d_model} of them')
-            directions = torch.randn(rows.shape[1], o.d_model, generator=torch.Generator().manual_seed(0))
-            rows = rows @ directions / o.d_model ** 0.5
-        names, theirs = ['W_E'], dict(W_E=torch.cat([rows, ours['W_E'][o.p:].cpu()]))
+    from_file = source.suffix in ('.npy', '.pt') and not source.is_dir()
+    names = dict(embed=['W_E'], block='W_Q W_K W_V W_O W_in W_out'.split(), all=list(ours))
+    names = names['embed' if from_file else o.copy]
+    need(not from_file or o.copy != 'block', '--init_from with a file is for W_E: --copy embed')
+    need(not o.freeze or len(names) < len(ours), '--freeze with --copy all leaves nothing to train')
+    for name in names:
+        model.get_parameter(name).requires_grad_(not o.freeze)
+    if o.resume:  # it has its weights, and goes on without their source
+        return
+    if from_file:
+        rows = analyze.rows_for(source, o.p, o.d_model)
+        theirs = dict(W_E=torch.cat([rows, ours['W_E'][o.p:].cpu()]))
     else:
         theirs = data.load(source / 'ckpt.pt', ('model', 'config'))['model']
-    need(len(names) < len(ours) or not o.freeze, '--freeze with --copy all leaves nothing to train')
     for name in names:
-        w, new = model.get_parameter(name), theirs.get(name, torch.empty(0))
-        fits = new.shape == w.shape and new.isfinite().all()
-        need(fits, f'--init_from {source}: {name} is {list(new.shape)}, needed is {list(w.shape)}, and finite')
-        w.data.copy_(new)
-        w.requires_grad_(not o.freeze)
-
-
-# ---------------------------------------------------------------- what can happen to a run
-
-def claim(out):
-    """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / 'lock', 'w')
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        refuse(f'another run is at work in {out}')
-    except OSError:  # a file system without locks
-        pass
-    return lock
+        new, shape = theirs[name] if name in theirs else torch.empty(0), ours[name].shape
+        fits = new.shape == shape and new.isfinite().all()
+        need(fits, f'--init_from {source}: {name} is {[*new.shape]}, here {[*shape]} and finite is needed')
+        ours[name].copy_(new)
 
 
 def stop_signals(held):
-    """A list that gets the first Ctrl-C, TERM or HUP; a second one does what it always did. Never in a thread."""
+    """A list that gets the first Ctrl-C, TERM or HUP; a second one acts as ever. Not in a thread."""
     caught = []
-    signals = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    former = {number: signal.getsignal(number) for number in signals}
 
     def catch(number, _):
         caught.append(number)
-        signal.signal(number, former[number])
+        held.close()  # gives the signals back
 
-    for number, handler in former.items():
-        if handler != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)) * main:
+        former = signal.getsignal(number)
+        if former not in (signal.SIG_IGN, catch):
             signal.signal(number, catch)
-            held.callback(signal.signal, number, handler)
+            held.callback(signal.signal, number, former)
     return caught
 
-
-# ---------------------------------------------------------------- speed, many runs
 
 def bench(o, d, device, step):
     """Milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
@@ -491,7 +418,6 @@ def bench(o, d, device, step):
             fn()
         timer = benchmark.Timer('fn()', globals=dict(fn=fn), num_threads=torch.get_num_threads())
         return 1e3 * timer.timeit(n).mean
-
     a = torch.randn(4096, 1024, device=o.device)
     a = a.bfloat16() if o.precision == 'bfloat16' else a
     epoch, product = ms(step, o.bench), ms(lambda: a @ a.T, 9)
@@ -499,43 +425,39 @@ def bench(o, d, device, step):
     per_row = 2 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # forward: W_O, W_in, W_out, W_U
     gflop = per_row * (3 * train + valid) / 1e9  # backward takes twice the forward
     rate, limit = gflop / epoch * 1e3, 2 * 4096 ** 2 * 1024 / product / 1e6
-    say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at {rate / limit:.0%} of the '
-        f'{limit:,.0f} GFLOP/s of a matrix product')
+    say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at '
+        f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
     say(json.dumps(dict(epoch_ms=epoch, gflop=gflop, gflops=rate, product_gflops=limit, device=device,
                         versions=VERSIONS, config=vars(o))))
 
 
 def sweep(o, argv):
-    """Train the settings that are not trained yet, each in its own folder, and rank all by validation loss in
-    sweep.csv. The seed fixes their order: a longer sweep begins with the shorter one. Each process of torchrun
-    takes its share, and whoever ends last ranks them all: nothing is sent."""
+    """Train the settings that are not trained yet, a folder each, and rank all by validation loss. The seed
+    orders them: a longer sweep begins with the shorter one. Each process of torchrun takes its share, and
+    whoever ends last ranks them all: nothing is sent."""
     given, axes = {word.split('=')[0].strip('-') for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
-        good = values and name in OPTIONS and name not in HOW | {'preset', 'init_from', 'freeze'} | axes.keys()
-        twice = name in given and 'sweep_space' in given
-        need(good and not twice, f'--sweep_space: {axis!r} is no option=value,value, or is given twice')
         if name == 'task':  # the formulas of a family, each by itself
             values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
         if name not in given:
             axes[name] = values.split(',')
     settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
-    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))[:o.sweep].tolist()
-
+    order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
+    settings = [settings[i] for i in order[:o.sweep]]
     root, runs = Path(o.out if 'out' in given else f'{o.out}-sweep'), []
-    gpu = [f'--device=cuda:{os.environ["LOCAL_RANK"]}'] if WORLD > 1 and o.device == 'cuda' else []
-    for setting in (settings[i] for i in order):  # every fault of an option shows itself before any work is done
-        name = ','.join(f'{key}={value}' for key, value in setting.items()).replace('*', 'x')
-        words = [*argv, *gpu, *(f'--{key}={value}' for key, value in setting.items()), f'--out={root / name}']
+    gpu = [f'--device=cuda:{os.environ["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
+    for setting in settings:  # every fault of an option shows itself before any work is done
+        out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
+        words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}']
         fresh = parse(words)
         data.make(fresh.task, fresh.p)
-        begun = parse([*words, '--resume']) if (root / name / 'ckpt.pt').exists() else fresh
-        need(changes(begun) == changes(fresh), f'{root / name} was trained with other options: give those, or '
-                                               'another --out')
-        runs.append((setting, begun, root / name / 'summary.json'))
-
-    for setting, begun, summary in runs[RANK::WORLD]:
+        begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
+        need(changes(begun) == changes(fresh), f'{out} was trained with other options; choose another --out')
+        runs.append(begun)
+    for begun in runs[RANK::WORLD]:
+        summary = Path(begun.out, 'summary.json')
         if summary.exists() and json.loads(summary.read_text())['epochs'] >= begun.epochs:
             continue
         say(f'\n{summary.parent.name}, one of {len(runs)} settings')
@@ -543,32 +465,15 @@ def sweep(o, argv):
             train(begun)
         except Diverged as e:
             say(f'note: {e}')  # without a summary it ranks last
-
-    rows = []
-    for setting, begun, summary in runs:
-        row = setting | dict(valid_loss=math.inf, valid_acc='', grokked='', epochs='', wall_s='', folder=begun.out)
-        if summary.exists():
-            s = json.loads(summary.read_text())
-            accs = np.array([task['valid_acc'] for task in s['tasks']])
-            row |= dict(valid_loss=s['objective']['valid'], valid_acc=accs.mean(), grokked=(accs >= 0.99).sum(),
-                        epochs=s['epochs'], wall_s=s['wall_s'])
-        rows.append(row)
-    rows.sort(key=lambda row: row['valid_loss'])
-    lines = [','.join(rows[0]), *(','.join(f'"{value}"' for value in row.values()) for row in rows)]
-    data.write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
-    say(f'\nvalidation loss / ln q of {len(rows)} settings, all of them in {root / "sweep.csv"}')
-    for row in rows[:10]:
-        say(f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}')
+    say(analyze.rank(root, settings, [begun.out for begun in runs]))
 
 
 def main(argv):
     o = parse(argv)
-    if o.sweep:
-        need(not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
-        sweep(o, argv)
-    else:
-        need(WORLD == 1 and o.sweep_space == DEFAULTS['sweep_space'], 'torchrun and --sweep_space are for --sweep N')
-        train(o)
+    one_run = WORLD == 1 and o.sweep_space == DEFAULTS['sweep_space']
+    need(o.sweep or one_run, 'torchrun and --sweep_space are for --sweep N')
+    need(not o.sweep or not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
+    sweep(o, argv) if o.sweep else train(o)
 
 
 if __name__ == '__main__':
