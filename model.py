@@ -29,7 +29,7 @@ class Transformer(nn.Module):
     def __init__(self, p, d_model, n_heads, n_classes, n_ops=1, n_tasks=1, init='he'):
         super().__init__()
         V, D, H, K = p + n_ops, d_model, n_heads, d_model // n_heads
-        self.n_ops = n_ops
+        self.p = p
         size = dict(V=V, T=3, D=D, H=H, F=4 * D, Q=n_tasks)
 
         def weight(name, *shape):
@@ -46,7 +46,6 @@ class Transformer(nn.Module):
 
     def forward(self, x, drop=(1, 1), acts=None):
         """Token ids (N, 3) -> logits (N, C).
-
         drop: two masks, (1, D) for the whole batch or (N, D), already divided by the share they keep.
         acts: a dict that receives what analysis looks at, all of the last position.
 
@@ -54,15 +53,16 @@ class Transformer(nn.Module):
         depends on token, position and operation alone, so that tables hold all there are. This is exact
         algebra, a third of the work of the general form, to which the tests hold it.
         """
-        (H, D, K), V = self.W_Q.shape, len(self.W_E)
+        H, D, K = self.W_Q.shape
+        V = len(self.W_E)
         with torch.autocast(x.device.type, enabled=False):  # attention is cheap: float32 always
             table = self.W_E + self.W_pos[:, None]                               # T V D
             queries = torch.einsum('vd,hdk->vhk', table[2], self.W_Q)            # V H K
             keys = torch.einsum('tvd,hdk->tvhk', table, self.W_K)                # T V H K
             values = torch.einsum('tvd,hdk->tvhk', table, self.W_V)              # T V H K
-            scores = torch.einsum('ohk,tvhk->otvh', queries[-self.n_ops:], keys) / K ** 0.5  # O T V H
+            scores = torch.einsum('ohk,tvhk->otvh', queries[self.p:], keys) / K ** 0.5  # O T V H
             row = x + V * torch.arange(3, device=x.device)                       # N T, of T V rows
-            op = x[:, 2:] - V + self.n_ops                                       # N 1
+            op = x[:, 2:] - self.p                                               # N 1
             att = F.embedding(3 * V * op + row, scores.view(-1, H)).softmax(1)   # N T H
             v = F.embedding(row, values.view(-1, D)).view(-1, 3, H, K)           # N T H K
             mixed = (att[..., None] * v).sum(1).flatten(1)                       # N D, heads side by side

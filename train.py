@@ -435,18 +435,18 @@ def sweep(o, argv):
     """Train the settings that are not trained yet, a folder each, and rank all by validation loss. The seed
     orders them: a longer sweep begins with the shorter one. Each process of torchrun takes its share, and
     whoever ends last ranks them all: nothing is sent."""
-    given, axes = {word.split('=')[0].strip('-') for word in argv}, {}
+    given, axes = {word.split('=')[0] for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
         if name == 'task':  # the formulas of a family, each by itself
             values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
-        if name not in given:
+        if f'--{name}' not in given:
             axes[name] = values.split(',')
     settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
     settings = [settings[i] for i in order[:o.sweep]]
-    root, runs = Path(o.out if 'out' in given else f'{o.out}-sweep'), []
+    root, runs = Path(o.out if '--out' in given else f'{o.out}-sweep'), []
     gpu = [f'--device=cuda:{os.environ["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
     for setting in settings:  # every fault of an option shows itself before any work is done
         out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
