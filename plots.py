@@ -53,8 +53,9 @@ class Run:
             raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
         self.records = analyze.load_records(self.path, self.classes, self.epoch)
         self.one_modulus = len(set(self.classes)) == 1
-        name = self.path.name.replace(f'task={self.task}', '').strip(',')  # of a sweep's folder what is not the task
-        self.label = self.task if name in ('', self.task) else f'{self.task} ({name})'
+        own = self.task.replace('*', 'x')  # as a folder's name tells it
+        name = self.path.name.replace(f'task={own}', '').strip(',')  # of a sweep's folder what is not the task
+        self.label = self.task if name in ('', own) else f'{self.task} ({name})'
         self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
 
 
