@@ -100,7 +100,7 @@ def evaluate(formula, a, b, p):
     """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (or **), numbers,
     parentheses. Python reads the formula but does not run it; each step is reduced mod p: no overflow."""
     what = f'{formula[:200]!r} is no formula in a and b'
-    plain = len(formula) <= 200 and re.fullmatch('[ab0-9+*^() -]+', formula)
+    plain = len(formula) <= 200 and '0b' not in formula and re.fullmatch('[ab0-9+*^() -]+', formula)
     need(plain, f'{what} of at most 200 characters; other tasks are {", ".join((*TASKS, *FAMILIES))}')
     text = formula.strip().replace('^', '**')
     operations = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}

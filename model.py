@@ -90,7 +90,7 @@ def task_losses(logits, y, classes):
     top = torch.stack([block.detach().amax(1) for block in wrong], 1)            # N Q
     sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
     loss = F.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
-    return loss.mean(0), (right > top).sum(0) / len(y)
+    return loss.mean(0), ((right > top).sum(0).double() / len(y)).float()  # float32 / is not exact compiled
 
 
 class Muon(torch.optim.Optimizer):
