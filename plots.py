@@ -10,7 +10,6 @@
 Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the run or than it) and metrics.npz.
 """
 import argparse
-import io
 import json
 import tempfile
 from pathlib import Path
