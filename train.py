@@ -6,7 +6,6 @@
     python train.py --resume --out out/miiii   # go on where a run stopped
     python train.py --bench 50                 # how fast
     python train.py --sweep 20 --preset paper  # 20 settings of the paper's grid; once more goes on with them
-    torchrun --nproc_per_node 8 train.py --sweep 384 --preset paper    # a GPU for each process (not run)
 """
 import argparse
 import contextlib
@@ -127,8 +126,10 @@ def parse(argv):
     o.device = here[0] if o.device == 'auto' else 'cuda:0' if o.device == 'cuda' else o.device
     need(o.device in here, f'device {o.device} is not available, here is {", ".join(here)}')
     if o.resume:
-        own = data.load(Path(o.out, 'ckpt.pt'))['config']
-        need(set(own) <= set(OPTIONS), f'{o.out} has options that this version does not know')
+        ckpt = data.load(Path(o.out, 'ckpt.pt'))
+        need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
+        own = ckpt['config']
+        need(isinstance(own, dict) and own.keys() <= OPTIONS.keys(), f'cannot resume {o.out}: unknown options')
         o = argparse.Namespace(**DEFAULTS | own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
         for name, value in given.items():
@@ -246,13 +247,13 @@ def train(o):
     def restore():
         nonlocal epoch, wall
         ckpt = data.load(out / 'ckpt.pt')
-        need(ckpt['optimizer'], f'cannot resume {out}: a copy made for looking, without optimiser state')
         try:
             epoch, wall = int(ckpt['step']), float(ckpt['wall_s'])
             model.load_state_dict(ckpt['model'])
             for optimizer, state in zip(optimizers, ckpt['optimizer'], strict=True):
                 groups = optimizer.state_dict()['param_groups']  # ours: the rates on our device
                 optimizer.load_state_dict(state | dict(param_groups=groups))
+                need(len(optimizer.state) == len(groups[0]['params']) or not epoch, 'no optimiser state')
             for name, m in zip(named, memory):
                 m.copy_(ckpt['filter'][name])
             torch.set_rng_state(ckpt['rng']['cpu'])
@@ -294,8 +295,7 @@ def train(o):
         one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
         look_every = 1 if one_line else 30  # seconds
         looked = saved = time.perf_counter()
-        looked_epoch, save_cost = epoch, 0.0
-        last = epoch == o.epochs
+        looked_epoch, save_cost, last = epoch, 0.0, epoch == o.epochs
         while not last:
             if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
                 left = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
@@ -383,14 +383,14 @@ def copy_weights(model, o):
     if o.resume:  # it has its weights, and goes on without their source
         return
     if from_file:
-        rows = analyze.rows_for(source, o.p, o.d_model)
-        theirs = dict(W_E=torch.cat([rows, ours['W_E'][o.p:].cpu()]))
+        theirs = dict(W_E=torch.cat([analyze.rows_for(source, o.p, o.d_model), ours['W_E'][o.p:].cpu()]))
     else:
         theirs = data.load(source / 'ckpt.pt', ('model', 'config'))['model']
     for name in names:
-        new, shape = theirs[name] if name in theirs else torch.empty(0), ours[name].shape
-        fits = new.shape == shape and new.isfinite().all()
-        need(fits, f'--init_from {source}: {name} is {[*new.shape]}, here {[*shape]} and finite is needed')
+        new, shape = dict(theirs).get(name), ours[name].shape
+        there = [*new.shape] if isinstance(new, torch.Tensor) else 'not there'
+        fits = there == [*shape] and new.isfinite().all()
+        need(fits, f'--init_from {source}: its {name} is {there}, here {[*shape]} and finite is needed')
         ours[name].copy_(new)
 
 
@@ -452,7 +452,7 @@ def sweep(o, argv):
         out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
         words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}']
         fresh = parse(words)
-        data.make(fresh.task, fresh.p)
+        data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)
         begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
         need(changes(begun) == changes(fresh), f'{out} was trained with other options; choose another --out')
         runs.append(begun)
