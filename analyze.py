@@ -304,10 +304,11 @@ def neuron_spectra(neurons, p, solver):
 
 
 @torch.no_grad()
-def spectra_of(model, d, solver):
-    """`neuron_spectra` of a model over all inputs of the data d."""
+def spectra_of(model, d, solver, precision):
+    """`neuron_spectra` of a model over all inputs of the data d. precision: the autocast of its products; the fit of the waves has none."""
     acts, n_pairs = {}, len(d.y)
-    model(d.x, acts=acts)
+    with precision:
+        model(d.x, acts=acts)
     return neuron_spectra(acts['neurons'].float().view(n_pairs, -1), round(n_pairs ** 0.5), solver)
 
 
@@ -566,7 +567,8 @@ def rank(root, settings, folders):
     lines = [','.join(rows[0])] + [','.join(f'"{value}"' for value in row.values()) for row in rows]
     write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
     best = [f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}' for row in rows[:10]]
-    return '\n'.join(['', f'validation loss / ln q of {len(rows)} settings, all of them in {root / "sweep.csv"}', *best])
+    done = sum(row['epochs'] != '' for row in rows)
+    return '\n'.join(['', f'validation loss / ln q of {done} of {len(rows)} settings, all in {root / "sweep.csv"}', *best])
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -890,9 +892,12 @@ def table(numbers):
 def finished(path):
     """summary.json, metrics.npz and analysis.npz of a finished run that has been analysed. Raises Refusal."""
     try:
-        return json.loads((path / 'summary.json').read_text()), dict(np.load(path / 'metrics.npz')), dict(np.load(path / 'analysis.npz'))
+        summary = json.loads((path / 'summary.json').read_text())
+        records, arrays = (dict(np.load(path / name)) for name in ('metrics.npz', 'analysis.npz'))
     except OSError as e:
         raise Refusal(f'{path} holds no finished run: {e}')
+    need(len(records['epoch']) == summary['epochs'], f'{path} holds no finished run: it has gone on since its summary.json')
+    return summary, records, arrays
 
 
 def ship(path, to):

@@ -175,9 +175,10 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
         content = torch.load(path, map_location='cpu', weights_only=True)
-        need(not damaged and set(keys) <= content.keys(), 'something is missing')
+        whole = not damaged and set(keys) <= content.keys()
     except Exception as e:  # torch raises a dozen types here
         refuse(f'{path} is truncated, corrupt or not of this program ({type(e).__name__})')
+    need(whole, f'{path} is corrupt or not of this program')
     return content
 
 
@@ -200,7 +201,7 @@ def say(text, end='\n', file=None):
     try:
         print(text, end=end, file=file or sys.stdout, flush=True)
     except (OSError, ValueError):
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
+        setattr(sys, 'stderr' if file else 'stdout', open(os.devnull, 'w'))
 
 
 def run_script(main):
@@ -215,5 +216,5 @@ def run_script(main):
         text = str(e) if isinstance(e, Refusal) else ' '.join((str(e) or repr(e)).split())[:300]
         say(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # nothing is lost: files are written whole
+    except KeyboardInterrupt:  # all files are whole
         sys.exit(130)

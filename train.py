@@ -92,7 +92,8 @@ PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have 
                add=PAPER_NANDA | dict(p=261)))
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
+TORCHRUN = os.environ if 'TORCHELASTIC_RUN_ID' in os.environ else {}
+RANK, WORLD = int(TORCHRUN.get('RANK', 0)), int(TORCHRUN.get('WORLD_SIZE', 1))
 
 
 def recipe(preset, task):
@@ -129,13 +130,13 @@ def parse(argv):
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
         own = ckpt['config']
-        need(isinstance(own, dict) and own.keys() <= OPTIONS.keys(), f'cannot resume {o.out}: unknown options')
+        need(isinstance(own, dict) and own.keys() <= OPTIONS.keys(), f'{o.out} has unknown options')
         o = argparse.Namespace(**DEFAULTS | own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
         for name, value in given.items():
-            own = vars(o)[name]
-            need(name in HOW or value == own,
-                 f'{o.out} was run with --{name} {own}, not {value}: leave that out (only epochs may grow)')
+            was = vars(o)[name]
+            need(name in HOW or value == was,
+                 f'{o.out} was run with --{name} {was}, not {value}: leave that out (only epochs may grow)')
     for name, value in vars(o).items():
         least, most = name in ('epochs', 'd_model', 'n_heads'), AT_MOST.get(name, 2 ** 32)
         fine = isinstance(value, str) or least <= value <= most
@@ -194,19 +195,19 @@ def train(o):
         rows = len(x_train) if o.dropout_mask == 'example' else 1
         return torch.rand(2, rows, o.d_model, device=o.device).ge_(o.dropout).div_(1 - o.dropout)
 
-    def scores(x, y, drop=(1, 1)):
+    def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
             logits = net(x, drop).view(len(y), -1)
         return losses(logits, y, d.classes)
 
     def step():
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
-        loss, acc = scores(x_train, y_train, dropout_masks())
+        loss, acc = evaluate(x_train, y_train, dropout_masks())
         model.zero_grad()
         (task_weight @ loss).backward()
 
         with torch.no_grad():
-            valid_loss, valid_acc = scores(x_valid, y_valid)
+            valid_loss, valid_acc = evaluate(x_valid, y_valid)
             grads = [w.grad for w in params]
             norms = torch.stack(torch._foreach_norm(grads))
             if o.lamb:  # Grokfast-EMA (Lee et al. 2024): m <- alpha m + (1 - alpha) g ; g <- g + lamb m
@@ -225,7 +226,7 @@ def train(o):
     spectra = {}
     if o.spectra_every and d.modular:
         solver = [matrix.to(o.device) for matrix in analyze.solver_for(o.p, d)]
-        n_spectra, one = -(-o.epochs // o.spectra_every), analyze.spectra_of(model, d, solver)
+        n_spectra, one = -(-o.epochs // o.spectra_every), analyze.spectra_of(model, d, solver, bfloat16)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0
 
@@ -271,9 +272,9 @@ def train(o):
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     device = torch.cuda.get_device_name(o.device) if cuda else device
     sizes, n_params = dict(zip(parts, map(len, split))), sum(w.numel() for w in model.parameters())
-    rows = ' + '.join(f'{n} {part}' for part, n in sizes.items())
-    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {rows} rows, {n_params:,} parameters, {device}')
-    say(f'preset {o.preset}, changed: {analyze.flags(changes(o)) or "nothing"}')
+    counts = ' + '.join(f'{n} {part}' for part, n in sizes.items())
+    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters, {device}')
+    say(f'options: {analyze.flags(dict(preset=o.preset) | changes(o))}')
     idle = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout)
     for name in changes(o):
         if idle.get(name) or name == 'spectra_every' and not d.modular:
@@ -288,9 +289,8 @@ def train(o):
         need(o.resume or not used, f'{out} holds a run; go on with it by --resume, or choose another --out')
         restore() if o.resume else save()  # a full or read-only disk shows itself before any work is done
         with torch.no_grad():
-            start_loss = (scores(x_valid, y_valid)[0] / ln_q).mean()
+            start_loss = (evaluate(x_valid, y_valid)[0] / ln_q).mean()
         say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
-
         stop = stop_signals(held)
         one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
         look_every = 1 if one_line else 30  # seconds
@@ -298,16 +298,14 @@ def train(o):
         looked_epoch, save_cost, last = epoch, 0.0, epoch == o.epochs
         while not last:
             if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
-                left = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
+                remaining = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
                 for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
-                    optimizer.param_groups[0]['lr'].fill_(lr * min(1, left))
+                    optimizer.param_groups[0]['lr'].fill_(lr * min(1, remaining))
             if snapshot_due(epoch, o.snapshots):
                 snapshot = dict(model=model.state_dict(), step=epoch)
                 data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f))
             if spectra and epoch % o.spectra_every == 0:
-                with bfloat16:
-                    found = analyze.spectra_of(model, d, solver)
-                for name, row in found.items():
+                for name, row in analyze.spectra_of(model, d, solver, bfloat16).items():
                     spectra[name][epoch // o.spectra_every] = row
 
             for name, row in step().items():
@@ -330,8 +328,8 @@ def train(o):
             rate = (epoch - looked_epoch) / (now - looked)
             wall += now - looked
             looked, looked_epoch = now, epoch
-            acc, left = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
-            line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {left}  grokked '
+            acc, eta = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
+            line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {eta}  grokked '
                     f'{(acc >= 0.99).sum()}/{len(acc)}  valid mean {acc.mean():.3f} worst {acc.min():.3f}  '
                     f'{rate:.3g} epochs/s')
             if one_line:
@@ -342,21 +340,22 @@ def train(o):
                 saved = time.perf_counter()
                 save_cost = saved - now
 
-        if epoch < o.epochs:
-            again = [sys.executable, os.path.abspath(__file__), '--resume', '--out', o.out]
-            say(f'saved at epoch {epoch:,}; go on with: {shlex.join(again)}')
+        if epoch == o.epochs:  # the last figures of every task; the test rows are touched here, once
+            with torch.no_grad(), bfloat16:
+                logits = {part: model(x).view(len(y), -1).float() for part, (x, y) in parts.items()}
+            valid_acc = history['valid_acc'].cpu().numpy()
+            tasks, objective = analyze.scores(d, logits, parts, task_weight, valid_acc)
+            summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
+                           epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
+                           changed=changes(o))
+            data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+            say(analyze.score_table(tasks))
+            say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
+        if stop:
+            how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
+            again = shlex.join([sys.executable, os.path.abspath(__file__), *how])
+            say(f'saved at epoch {epoch:,}; go on with: {again}')
             raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
-
-        # the last figures of every task; the test rows are touched here, once
-        with torch.no_grad(), bfloat16:
-            logits = {part: model(x).view(len(y), -1).float() for part, (x, y) in parts.items()}
-        tasks, objective = analyze.scores(d, logits, parts, task_weight, history['valid_acc'].cpu().numpy())
-        summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
-                       epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
-                       changed=changes(o))
-        data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
-        say(analyze.score_table(tasks))
-        say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
     return out
 
 
@@ -447,8 +446,8 @@ def sweep(o, argv):
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
     settings = [settings[i] for i in order[:o.sweep]]
     root, runs = Path(o.out if '--out' in given else f'{o.out}-sweep'), []
-    gpu = [f'--device=cuda:{os.environ["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
-    for setting in settings:  # every fault of an option shows itself before any work is done
+    gpu = [f'--device=cuda:{TORCHRUN["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
+    for setting in settings:  # most faults show themselves before any work is done
         out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
         words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}']
         fresh = parse(words)
@@ -460,7 +459,7 @@ def sweep(o, argv):
         summary = Path(begun.out, 'summary.json')
         if summary.exists() and json.loads(summary.read_text())['epochs'] >= begun.epochs:
             continue
-        say(f'\n{summary.parent.name}, one of {len(runs)} settings')
+        say(f'\n{summary.parent.name}, one of {len(runs)} settings; the same command goes on with them')
         try:
             train(begun)
         except Diverged as e:
