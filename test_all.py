@@ -2497,8 +2497,10 @@ train.main(sys.argv[1:])
 
 
 def test_torchrun_is_for_sweeps(tmp_path):
-    done = cli(*TINY, '--epochs', 3, '--out', tmp_path, env=os.environ | dict(WORLD_SIZE='2', RANK='0'))
+    args, env = [*TINY, '--epochs', 3, '--out', tmp_path / 'a'], os.environ | dict(WORLD_SIZE='2', RANK='0')
+    done = cli(*args, env=env | dict(TORCHELASTIC_RUN_ID='x'))
     assert done.returncode == 2 and 'are for --sweep N' in done.stderr and not list(tmp_path.iterdir())
+    assert cli(*args, env=env).returncode == 0  # somebody else's WORLD_SIZE
 
 
 # ---------------------------------------------------------------- bad input and faults
