@@ -435,7 +435,7 @@ def errors(logits, y, modulus=None):
     off = torch.where(right > best_wrong, 0, (guess - y).abs())
     off = torch.minimum(off, modulus - off) if modulus else off
     wrong = (off > 0).sum().clamp(min=1)
-    return [*((off <= d).float().mean() for d in (0, 2, 10)), ((off > 0) & (off % 10 == 0)).sum() / wrong, (off == 1).sum() / wrong]
+    return [*((off <= d).sum() / len(off) for d in (0, 2, 10)), ((off > 0) & (off % 10 == 0)).sum() / wrong, (off == 1).sum() / wrong]
 
 
 def output(W_U, parts, tau):
