@@ -566,7 +566,7 @@ def rank(root, settings, folders):
     rows.sort(key=lambda row: row['valid_loss'])
     lines = [','.join(rows[0])] + [','.join(f'"{value}"' for value in row.values()) for row in rows]
     write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
-    best = [f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}' for row in rows[:10]]
+    best = [f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}' for row in rows[:10] if row['epochs'] != '']
     done = sum(row['epochs'] != '' for row in rows)
     return '\n'.join(['', f'validation loss / ln q of {done} of {len(rows)} settings, all in {root / "sweep.csv"}', *best])
 

@@ -1954,6 +1954,7 @@ def test_a_run_from_before_there_was_a_choice_of_init(tmp_path):
     torch.save(ckpt, old / 'ckpt.pt')
     assert analyze.analyse(old)[0]['epoch'] == 5
     resumed(old, '--epochs', 12)
+    assert summary(old)['config']['init'] == 'he'
     same_run(straight, old)
 
 
@@ -2588,7 +2589,7 @@ FAULTS = {  # arguments: the lines that follow them, and words of the error
         97 | 96 settings
         -1 | --sweep
         x | --sweep
-        2 --resume | there is no
+        2 --resume | neither --resume
         2 --bench 3 | --bench
         1 --sweep_space lr | lr
         2 --sweep_space lr=1e-3,fast | fast

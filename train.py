@@ -126,6 +126,7 @@ def parse(argv):
     here = [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['cpu']
     o.device = here[0] if o.device == 'auto' else 'cuda:0' if o.device == 'cuda' else o.device
     need(o.device in here, f'device {o.device} is not available, here is {", ".join(here)}')
+    need(not o.sweep or not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
     if o.resume:
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
@@ -175,7 +176,7 @@ def train(o):
     net, losses = model, task_losses
     if o.compile == 'on' or o.compile == 'auto' and cuda:
         compiler = os.environ.get('CC' if cuda else 'CXX') or ('gcc' if cuda else 'g++')
-        need(shutil.which(compiler), f'torch.compile needs {compiler}; --compile off does without it')
+        need(shutil.which(compiler.split()[0]), f'torch.compile needs {compiler}; --compile off does without it')
         torch.compiler.reset()  # torch compiles few versions of one function, and a sweep has many
         net = torch.compile(model, dynamic=False)
         losses = torch.compile(losses, dynamic=False) if cuda else losses
@@ -193,7 +194,9 @@ def train(o):
         if not o.dropout:
             return 1, 1
         rows = len(x_train) if o.dropout_mask == 'example' else 1
-        return torch.rand(2, rows, o.d_model, device=o.device).ge_(o.dropout).div_(1 - o.dropout)
+        draws = torch.randint(-2 ** 63, 2 ** 63 - 1, (2, rows, -(-o.d_model // 4)), device=o.device)
+        keep = draws.view(torch.int16)[..., :o.d_model] >= round(2 ** 16 * o.dropout) - 2 ** 15  # 4 a draw
+        return keep / (1 - o.dropout)
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
@@ -389,7 +392,7 @@ def copy_weights(model, o):
         new, shape = dict(theirs).get(name), ours[name].shape
         there = [*new.shape] if isinstance(new, torch.Tensor) else 'not there'
         fits = there == [*shape] and new.isfinite().all()
-        need(fits, f'--init_from {source}: its {name} is {there}, here {[*shape]} and finite is needed')
+        need(fits, f'--init_from {source}: its {name} is {there}, {[*shape]} and finite numbers are needed')
         ours[name].copy_(new)
 
 
@@ -431,9 +434,8 @@ def bench(o, d, device, step):
 
 
 def sweep(o, argv):
-    """Train the settings that are not trained yet, a folder each, and rank all by validation loss. The seed
-    orders them: a longer sweep begins with the shorter one. Each process of torchrun takes its share, and
-    whoever ends last ranks them all: nothing is sent."""
+    """Train the settings that are not trained yet, a folder each, and rank all by validation loss. A longer sweep
+    begins with the shorter one. Processes of torchrun share the settings; whoever ends last ranks them all."""
     given, axes = {word.split('=')[0] for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
@@ -449,7 +451,7 @@ def sweep(o, argv):
     gpu = [f'--device=cuda:{TORCHRUN["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
     for setting in settings:  # most faults show themselves before any work is done
         out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
-        words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}']
+        words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}', '--sweep=0']
         fresh = parse(words)
         data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)
         begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
@@ -471,7 +473,6 @@ def main(argv):
     o = parse(argv)
     one_run = WORLD == 1 and o.sweep_space == DEFAULTS['sweep_space']
     need(o.sweep or one_run, 'torchrun and --sweep_space are for --sweep N')
-    need(not o.sweep or not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
     sweep(o, argv) if o.sweep else train(o)
 
 
