@@ -176,7 +176,7 @@ def train(o):
     net, losses = model, task_losses
     if o.compile == 'on' or o.compile == 'auto' and cuda:
         compiler = os.environ.get('CC' if cuda else 'CXX') or ('gcc' if cuda else 'g++')
-        need(shutil.which(compiler.split()[0]), f'torch.compile needs {compiler}; --compile off does without it')
+        need(shutil.which(compiler.split()[0]), f'torch.compile needs {compiler}, or --compile off')
         torch.compiler.reset()  # torch compiles few versions of one function, and a sweep has many
         net = torch.compile(model, dynamic=False)
         losses = torch.compile(losses, dynamic=False) if cuda else losses
@@ -434,8 +434,7 @@ def bench(o, d, device, step):
 
 
 def sweep(o, argv):
-    """Train the settings that are not trained yet, a folder each, and rank all by validation loss. A longer sweep
-    begins with the shorter one. Processes of torchrun share the settings; whoever ends last ranks them all."""
+    """Train the settings that are not trained yet, a folder each, and rank all; torchrun shares them."""
     given, axes = {word.split('=')[0] for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
@@ -446,12 +445,13 @@ def sweep(o, argv):
     settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     need(o.sweep <= len(settings), f'--sweep {o.sweep} of a grid with {len(settings)} settings')
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
-    settings = [settings[i] for i in order[:o.sweep]]
+    settings = [settings[i] for i in order[:o.sweep]]  # a longer sweep begins with the shorter one
     root, runs = Path(o.out if '--out' in given else f'{o.out}-sweep'), []
     gpu = [f'--device=cuda:{TORCHRUN["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
     for setting in settings:  # most faults show themselves before any work is done
-        out = root / ','.join(f'{name}={value}' for name, value in setting.items()).replace('*', 'x')
-        words = [*argv, *gpu, *(f'--{name}={value}' for name, value in setting.items()), f'--out={out}', '--sweep=0']
+        words = [f'{name}={value}' for name, value in setting.items()]
+        out = root / ','.join(words).replace('*', 'x')
+        words = [*argv, *gpu, *(f'--{word}' for word in words), f'--out={out}', '--sweep=0']
         fresh = parse(words)
         data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)
         begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
