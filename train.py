@@ -195,7 +195,7 @@ def train(o):
             return 1, 1
         rows = len(x_train) if o.dropout_mask == 'example' else 1
         draws = torch.randint(-2 ** 63, 2 ** 63 - 1, (2, rows, -(-o.d_model // 4)), device=o.device)
-        keep = draws.view(torch.int16)[..., :o.d_model] >= round(2 ** 16 * o.dropout) - 2 ** 15  # 4 a draw
+        keep = draws.view(torch.int16)[..., :o.d_model] >= round(2 ** 16 * o.dropout) - 2 ** 15  # 16 bits
         return keep / (1 - o.dropout)
 
     def evaluate(x, y, drop=(1, 1)):
