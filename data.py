@@ -182,13 +182,13 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
     return content
 
 
-def claim(out):
+def claim(out, wait=False):
     """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / 'lock', 'w')
     try:
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         refuse(f'another run is at work in {out}')
     except OSError:  # a file system without locks

@@ -87,7 +87,7 @@ def task_losses(logits, y, classes):
     columns = torch.stack([target + start for target, start in zip(y.unbind(1), starts)], 1)  # N Q
     right = z.gather(1, columns)                                                 # N Q
     wrong = z.scatter(1, columns, -torch.inf).split(classes, 1)                  # Q times N q
-    top = torch.stack([block.detach().amax(1) for block in wrong], 1)            # N Q
+    top = torch.stack([block.detach().amax(1).clamp(min=-3e38) for block in wrong], 1)  # N Q
     sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
     loss = F.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
     return loss.mean(0), ((right > top).sum(0).double() / len(y)).float()  # float32 / is not exact compiled

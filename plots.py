@@ -1,20 +1,23 @@
-"""From numbers to files: the figures of a run as RUN/figures/NAME.png and .svg. Nothing here trains or computes.
+"""From numbers to pictures: the figures of a run as RUN/figures/NAME.png and .svg. Nothing here trains.
 
-    python plots.py out/miiii                    # every figure of one run
-    python plots.py out/miiii out/nanda          # of both, and the comparisons with a row for each in the first one's folder
-    python plots.py --data                       # those that need no run, in out/figures
-    python plots.py --embedding numbers.npy      # the spectrum of any matrix with a row per number
-    python plots.py out/miiii --only waves       # one of them
-    python plots.py out/miiii --animate waves    # and a GIF through training: waves or embedding
+    python plots.py out/miiii                  # every figure of one run
+    python plots.py out/miiii --only accuracy  # one of them; accuracy and loss also of a run at work
+    python plots.py out/miiii out/nanda        # of both, and comparisons in the first one's folder
+    python plots.py --data                     # those that need no run, in out/figures
+    python plots.py --embedding numbers.npy    # the spectrum of any matrix with a row per number
+    python plots.py out/miiii --animate waves  # and a GIF through training: waves or embedding
 
-Reads analysis.json and analysis.npz of analyze.py (which is run first if they are missing, or older than the run or than it) and metrics.npz.
+In a notebook: plots.mechanism(analyze.load_run('assets/nanda')) is a matplotlib figure.
 """
 import argparse
-import json
+import functools
+import os
 import tempfile
+import textwrap
 from pathlib import Path
 
-import matplotlib
+if __name__ == '__main__':
+    os.environ['MPLBACKEND'] = 'agg'  # files alone: what a notebook has set is of no matter here
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -24,44 +27,58 @@ from matplotlib.colors import LogNorm, PowerNorm
 
 import analyze
 import data
-from data import Refusal, refuse, write
+from data import need, refuse, say, write
 
 CORNER = 37  # of a large grid only the top left corner is drawn square by square, as in the paper
-BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told apart in every kind of colour vision, and in print
-STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'image.cmap': 'cividis',
-         'savefig.dpi': 120, 'legend.frameon': False, 'legend.fontsize': 7, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.2}
+BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told apart by all eyes and in print
+STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 8.5, 'legend.fontsize': 7,
+         'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 120,
+         'image.cmap': 'cividis', 'figure.constrained_layout.use': True, 'lines.linewidth': 1.2}
+FIGURES = {}  # name: function, the runs that it takes: none, one or any number
 
 
-class Run:
-    """What figures need of a run folder: numbers, arrays (both by analyze.py) and records (metrics.npz, {} without)."""
-
-    def __init__(self, path):
-        self.path, (j, z) = Path(path), (Path(path, 'analysis.json'), Path(path, 'analysis.npz'))
-        sources = [f.stat().st_mtime for f in (Path(analyze.__file__), *(self.path / n for n in ('ckpt.pt', 'metrics.npz', 'snapshots', 'snapshots.npz'))) if f.exists()]
-        if not all(f.exists() and f.stat().st_mtime >= max(sources) for f in (j, z)):
-            if (self.path / 'ckpt.pt').exists():
-                print(f'{path}: no up-to-date analysis yet, making one', flush=True)
-            for note in analyze.analyse(path)[1]:
-                print(f'note: {note}')
-        try:
-            self.numbers, self.arrays = json.loads(j.read_text()), dict(np.load(z))
-            self.config, self.final, self.epoch = (self.numbers[k] for k in ('config', 'final', 'epoch'))
-            self.p, self.task, self.classes = self.config['p'], self.config['task'], self.arrays['classes'].tolist()
-            self.tasks = [name.split()[-1] for name in self.arrays['names'].tolist()]
-        except Exception as e:
-            raise Refusal(f'{j} or {z.name} cannot be read ({type(e).__name__}); delete both to have them made again')
-        self.records = analyze.load_records(self.path, self.classes, self.epoch)
-        self.one_modulus = len(set(self.classes)) == 1
-        own = self.task.replace('*', 'x')  # as a folder's name tells it
-        name = self.path.name.replace(f'task={own}', '').strip(',')  # of a sweep's folder what is not the task
-        self.label = self.task if name in ('', own) else f'{self.task} ({name})'
-        self.name = f'{self.label}, p = {self.p}, epoch {self.epoch:,}'
+def figure(takes):
+    """Makes a function a figure: found by its name, drawn in our style, with its docstring as the title."""
+    def register(draw):
+        @functools.wraps(draw)
+        def drawn(*runs):
+            with plt.rc_context(STYLE):
+                fig = draw(*runs)
+                of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}: ' for run in runs if takes == 'one']
+                text = ' '.join(draw.__doc__.split()).removesuffix('.')
+                fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 118))
+                return fig
+        FIGURES[draw.__name__] = drawn, takes
+        return drawn
+    return register
 
 
-# ---------------------------------------------------------------------------------------------------- pieces
+# ---------------------------------------------------------------- pieces
+
+def name_of(run):
+    """What a run is, for titles: its task, and of its folder's name what is not the task."""
+    task = run.config['task']
+    folder = run.path.name.replace(f'task={task.replace("*", "x")}', '').strip(',')
+    return task if folder in ('', task.replace('*', 'x')) else f'{task} ({folder})'
+
+
+def rows_of(run):
+    """The names of a run's tasks, short: q where the task is n mod q."""
+    return [name.removeprefix('n mod ') for name in run.data.names]
+
+
+def one_modulus(run):
+    return len(set(run.data.classes)) == 1
+
+
+def panels(rows, columns, height, **how):
+    """A figure as wide as a page, and its axes (rows, columns)."""
+    return plt.subplots(rows, columns, figsize=(7.5, height), squeeze=False, **how)
+
 
 def hinton(ax, grid, corner=CORNER, **labels):
-    """A grid of squares whose area is the magnitude, filled if positive, hollow if negative; row 0 on top. An axis that is cut says so."""
+    """A grid of squares whose area is the magnitude, filled if positive, hollow if negative; row 0 on top. An
+    axis that is cut says so."""
     for axis, n in zip(('ylabel', 'xlabel'), np.shape(grid)):
         if n > corner and axis in labels:
             labels[axis] += f', the first {corner} of {n}'
@@ -69,7 +86,8 @@ def hinton(ax, grid, corner=CORNER, **labels):
     i, j = np.nonzero(grid)
     value = grid[i, j]
     half = 0.47 * np.sqrt(np.abs(value) / np.abs(grid).max(initial=1e-30))
-    squares = np.stack([j, i], 1)[:, None] + half[:, None, None] * [(-1, -1), (-1, 1), (1, 1), (1, -1)]
+    corners = np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)])
+    squares = np.stack([j, i], 1)[:, None] + half[:, None, None] * corners
     ax.add_collection(PolyCollection(squares[value > 0], facecolor='k', linewidth=0))
     ax.add_collection(PolyCollection(squares[value < 0], facecolor='none', edgecolor='k', linewidth=0.4))
     ax.set(xlim=(-0.7, grid.shape[1] - 0.3), ylim=(grid.shape[0] - 0.3, -0.7), aspect='equal', **labels)
@@ -79,7 +97,8 @@ def over_time(fig, ax, epochs, values, names, label, **colours):
     """Rows through training: values (E, R) as colours over epochs on a log scale."""
     picks = np.unique(np.geomspace(1, len(epochs), 300).astype(int) - 1)
     edges = np.append(epochs[picks], epochs[-1] + 1) + 1
-    mesh = ax.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, values[picks].T, rasterized=True, **colours)
+    rows = np.arange(len(names) + 1) - 0.5
+    mesh = ax.pcolormesh(edges, rows, values[picks].T, rasterized=True, **colours)
     ax.set(xscale='log', xlabel='epoch + 1')
     ax.set_yticks(range(len(names)), names, fontsize=6)
     ax.invert_yaxis()
@@ -87,331 +106,404 @@ def over_time(fig, ax, epochs, values, names, label, **colours):
 
 
 def log_lines(ax, x, lines, **labels):
-    """Lines {name: y} over epochs on a log scale, told apart by colour and dash."""
-    for (name, y), colour, dash in zip(lines.items(), (BLUE, ORANGE, GREEN, GREY), ('-', '--', '-.', ':')):
-        ax.plot(x + 1, y, c=colour, ls=dash, label=name, marker='.' if len(x) < 100 else None, ms=3)
+    """Lines {name: y} over epochs on a log scale, told apart by colour, dash and width where they lie
+    together."""
+    looks = ((BLUE, '-', 2.2), (ORANGE, '--', 1.4), (GREEN, '-.', 1.2), (GREY, ':', 1.2))
+    marker = '.' if len(x) < 100 else None
+    for (name, y), (colour, dash, width) in zip(lines.items(), looks):
+        ax.plot(x + 1, y, c=colour, ls=dash, lw=width, label=name, marker=marker, ms=3)
     ax.set(xscale='log', xlabel='epoch + 1', **labels)
     ax.legend()
 
 
-# ---------------------------------------------------------------------------------------------------- figures without a run
+def stems(ax, k, height, marked, **labels):
+    """A bar per frequency, those that are marked in colour and with their number."""
+    ax.vlines(k, 0, height, colors=np.where(marked, BLUE, GREY), linewidth=2)
+    for x, y in zip(k[marked], height[marked]):
+        ax.annotate(x, (x, y), ha='center', va='bottom', fontsize=6)
+    ax.set(xlabel='frequency k', **labels)
 
+
+# ---------------------------------------------------------------- figures without a run
+
+@figure('none')
 def polar():
-    """Figure 1 of the paper: n in polar coordinates."""
+    """Figure 1 of the paper: the numbers n below 113² = 12,769, each a dot at radius n and angle n
+    radians."""
     n = np.arange(113 ** 2)
-    picks = {'multiples of 17 or 23': n[(n % 17 == 0) | (n % 23 == 0)], 'multiples of 11': n[n % 11 == 0], 'primes': np.array(data.primes_below(len(n)))}
-    fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.9), subplot_kw=dict(projection='polar'))
-    for ax, (title, r) in zip(axes, picks.items()):
+    picks = {'multiples of 17 or 23': n[(n % 17 == 0) | (n % 23 == 0)], 'multiples of 11': n[n % 11 == 0],
+             'primes': np.array(data.primes_below(len(n)))}
+    fig, axes = panels(1, 3, 2.9, subplot_kw=dict(projection='polar'))
+    for ax, (title, r) in zip(axes[0], picks.items()):
         ax.scatter(r % (2 * np.pi), r, s=1, c='k', linewidth=0)
         ax.set(xticks=[], yticks=[], title=title)
         ax.spines['polar'].set_visible(False)
-    fig.suptitle('numbers n below 113² = 12,769 at radius n and angle n mod 2π')
     return fig
 
 
+@figure('none')
 def inputs(p=11):
-    """Figure 2: every input, its two digits in one cell."""
-    x = data.make('nanda', p).x[:, :2].view(p, p, 2)                                 # x1 x0 digit
-    fig, ax = plt.subplots(figsize=(7.5, 4.2))
+    """Figure 2: the inputs at p = 11, a cell for each pair; the area of its squares is the digit, x0 left, x1
+    right."""
+    x = data.make('nanda', p).x[:, :2].view(p, p, 2)                                     # x1 x0 digit
+    fig, ((ax,),) = panels(1, 1, 4.2)
     hinton(ax, x.transpose(0, 1).reshape(p, 2 * p), 2 * p, xlabel='x1', ylabel='x0', yticks=range(p))
     ax.set_xticks(np.arange(p) * 2 + 0.5, range(p))
     for i in range(p + 1):
         ax.axvline(2 * i - 0.5, c=GREY, lw=0.4)
         ax.axhline(i - 0.5, c=GREY, lw=0.4)
-    fig.suptitle(f'the {p * p} inputs at p = {p}: the area of the squares is the digit, x0 left and x1 right')
     return fig
 
 
+@figure('none')
 def targets(p=11):
-    """Figure 3: every target of miiii, and that of nanda."""
-    tasks = [(name, y) for task in ('miiii', 'nanda') for d in [data.make(task, p)] for name, y in zip(d.names, d.y.T)]
-    fig, axes = plt.subplots(1, len(tasks), figsize=(7.5, 2.1), sharey=True)
-    for ax, (name, y) in zip(axes, tasks):
+    """Figure 3: the right answers at p = 11, where n = x0 + 11 x1; the area of a square is the answer."""
+    tasks = []
+    for task in ('miiii', 'nanda'):
+        d = data.make(task, p)
+        tasks += zip(d.names, d.y.T)
+    fig, axes = panels(1, len(tasks), 2.1, sharey=True)
+    for ax, (name, y) in zip(axes[0], tasks):
         hinton(ax, y.view(p, p).T, title=name, xlabel='x1', xticks=range(0, p, 5), yticks=range(0, p, 5))
-    axes[0].set_ylabel('x0')
-    fig.suptitle(f'the targets at p = {p}, n = x0 + {p} x1: the area of the squares is the class')
+    axes[0, 0].set_ylabel('x0')
     return fig
 
 
+@figure('file')
 def spectrum(path):
-    """Any matrix with a row per number: its spectrum over the rows, beside that of its shuffled rows."""
-    n, a = analyze.analyse_matrix(path)
-    norms, s = a['spectrum'], a['singular_values']
+    """How much of each frequency a matrix has over its rows, beside shuffles of the rows. The numbers are the
+    periods, in rows, of those that stand out."""
+    W = analyze.load_matrix(Path(path))
+    found, _, _, norms, shuffled = analyze.outliers(W)
     k = np.arange(1, len(norms) + 1)
-    fig, (ax, right) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(3, 1))
-    ax.fill_between(k, a['null'].amin(0), a['null'].amax(0), color='#DDDDDD', label=f'{len(a["null"])} shuffles of the rows')
-    ax.plot(k, norms, c=BLUE, label='in their order')
-    for peak, period in zip(a['peaks'], n['periods']):
-        ax.annotate(f'{period:.3g}', (peak, norms[peak - 1]), ha='center', va='bottom', fontsize=7)
-    ax.set(xlabel='frequency k over the rows; where it stands out, its period', ylabel='norm of cos and sin', ylim=(0, 1.35 * norms.max()))
+    fig, ((ax, right),) = panels(1, 2, 2.6, width_ratios=(3, 1))
+    ax.fill_between(k, shuffled.min(0), shuffled.max(0), color='#DDDDDD', label='rows shuffled')
+    ax.plot(k, norms, c=BLUE, label='rows in their order')
+    for peak in found:
+        ax.annotate(f'{len(W) / peak:.3g}', (peak, norms[peak - 1]), ha='center', va='bottom', fontsize=7)
+    ax.set(xlabel='frequency k over the rows', ylabel='norm of cos and sin', ylim=(0, 1.35 * norms.max()))
+    ax.set_title(f'{Path(path).name}, {len(W)} rows of {W.shape[1]} columns'.replace('$', r'\$'))
     ax.legend(loc='upper right', ncols=2)
-    right.plot(np.arange(1, len(s) + 1), s, c=BLUE)
+    S = torch.linalg.svdvals(W)
+    right.plot(np.arange(1, len(S) + 1), S, c=BLUE)
     right.set(xlabel='index', title='singular values', ylim=(0, None))
-    fig.suptitle(f'{Path(path).name}: {n["rows"]} rows, {n["columns"]} columns'.replace('$', r'\$'))
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------- figures of one run
+# ---------------------------------------------------------------- figures of one run
 
+@figure('one')
 def accuracy(run):
-    """Figure 5: accuracy of every task through training."""
-    return curves(run, 'acc', 'accuracy', vmin=0, vmax=1)
+    """Accuracy of each task through training (figure 5 of the paper)."""
+    return of_each_task(run, 'acc', 'accuracy', vmin=0, vmax=1)
 
 
+@figure('one')
 def loss(run):
-    """Figure 6: cross-entropy of every task through training."""
-    low, high = np.percentile(np.stack([run.records['train_loss'], run.records['valid_loss']]), (1, 99.9))
-    return curves(run, 'loss', 'cross-entropy (nats)', norm=LogNorm(max(low, 1e-8), max(high, 1e-7)))
+    """Loss of each task through training, the cross-entropy in nats (figure 6 of the paper)."""
+    r = run.records
+    low, high = np.percentile(np.stack([r['train_loss'], r['valid_loss']]), (1, 99.9))
+    return of_each_task(run, 'loss', 'cross-entropy (nats)', norm=LogNorm(max(low, 1e-8), max(high, 1e-7)))
 
 
-def curves(run, kind, label, **colours):
-    r, parts = run.records, (('valid', 'validation'), ('train', 'training, with dropout' if run.config['dropout'] else 'training'))
-    if len(run.tasks) == 1:
-        fig, ax = plt.subplots(figsize=(7.5, 2.6))
-        log_lines(ax, r['epoch'], {name: r[f'{part}_{kind}'] for part, name in parts}, ylabel=label, yscale='log' if kind == 'loss' else 'linear')
+def of_each_task(run, kind, label, **colours):
+    r, parts = run.records, dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
+    if run.config['dropout']:
+        parts['train'] += ', with dropout'
+    if len(run.data.names) == 1:
+        fig, ((ax,),) = panels(1, 1, 2.6)
+        lines = {name: r[f'{part}_{kind}'] for part, name in parts.items()}
+        log_lines(ax, r['epoch'], lines, ylabel=label, yscale='log' if kind == 'loss' else 'linear')
     else:
-        fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6))
-        for ax, (part, name) in zip(axes[::-1], parts):
-            over_time(fig, ax, r['epoch'], r[f'{part}_{kind}'], run.tasks, label, **colours)
-            ax.set(title=name, ylabel='operation' if run.one_modulus else 'modulus q')
-    fig.suptitle(f'{run.name}: {label} of each task')
+        fig, axes = panels(1, 2, 3.6)
+        for ax, part in zip(axes[0], ('train', 'valid')):
+            over_time(fig, ax, r['epoch'], r[f'{part}_{kind}'], rows_of(run), label, **colours)
+            ax.set(title=parts[part], ylabel='operation' if one_modulus(run) else 'task n mod q')
     return fig
 
 
+@figure('one')
 def gradients(run):
-    """Gradient norm of every weight matrix through training."""
-    r, fig_ax = run.records, plt.subplots(figsize=(7.5, 2.4))
-    over_time(*fig_ax, r['epoch'], r['grad_norm'] / r['grad_norm'].max(0), r['grad_norm_names'], 'norm / its largest', norm=LogNorm(1e-3, 1))
-    fig_ax[0].suptitle(f'{run.name}: gradient norm of each matrix')
-    return fig_ax[0]
-
-
-def singular_vectors(run):
-    """Figures 9 and 10: left singular vectors of W_E up to half of the sum of the singular values."""
-    n = run.final['W_E_n50']
-    rows = min(n, CORNER)
-    fig, ax = plt.subplots(figsize=(7.5, 0.8 + 7 * rows / CORNER))
-    hinton(ax, run.arrays['left_vectors'].T[:rows], xlabel='digit', ylabel='vector')
-    fig.suptitle(f'{run.name}: left singular vectors of W_E up to half of the sum ({rows} of {n})')
+    """The norm of the gradient of each matrix, as a share of its largest."""
+    r = run.records
+    fig, ((ax,),) = panels(1, 1, 2.4)
+    norms = r['grad_norm'] / r['grad_norm'].max(0)
+    over_time(fig, ax, r['epoch'], norms, r['grad_norm_names'], 'norm / its largest', norm=LogNorm(1e-3, 1))
     return fig
 
 
+@figure('one')
+def singular_vectors(run):
+    """The strongest left singular vectors of W_E, those that make half of the sum of its singular values.
+    Filled: positive, hollow: negative; stripes are waves over the digits (figures 9 and 10)."""
+    n = run.final['W_E singular values to 50 %']
+    rows = min(n, CORNER)
+    fig, ((ax,),) = panels(1, 1, 0.8 + 7 * rows / CORNER)
+    hinton(ax, run.arrays['left_vectors'].T[:rows], xlabel='digit', ylabel='vector')
+    return fig
+
+
+@figure('one')
 def neuron(run):
-    """Figure 4: one neuron over the inputs, and its spectrum: the one that has most of its interaction in one (q, k), q > 3."""
+    """The neuron that has most of one wave (figure 4): its activation, and its spectrum over both digits."""
     a, i = run.arrays, run.arrays['neuron_ids'][3]
-    fig, axes = plt.subplots(1, 2, figsize=(7.5, 4.2), width_ratios=(3, 2))
-    draw_neuron(axes, a, 3)
-    q, k = a['neuron_wave'][i]
-    fig.suptitle(f'{run.name}: neuron {i}, with {a["neuron_wave_share"][i]:.0%} of its interaction in the waves of q = {q}, k = {k}')
+    fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
+    draw_neuron(axes[0], a, 3)
+    (q, k), share = a['neuron_wave'][i], a['neuron_wave_share'][i]
+    axes[0, 0].set_title(f'neuron {i}: {share:.0%} of what needs both digits is waves of k/q = {k}/{q}')
     return fig
 
 
 def draw_neuron(axes, arrays, column):
-    """A corner of the activations over the inputs, and the whole 2-D spectrum: of waves, sum and difference stand in either half."""
+    """A corner of the activations over the inputs, and the whole 2-D spectrum: sum waves and difference waves
+    stand in either half of it."""
     hinton(axes[0], arrays['neurons'][column], xlabel='x1', ylabel='x0', title='activation')
-    dft = np.fft.fftshift(arrays['neurons_dft'][column], axes=0)                     # x0 -p//2 .. p//2, x1 0 .. p//2
+    dft = np.fft.fftshift(arrays['neurons_dft'][column], axes=0)  # x0 -p//2 .. p//2, x1 0 .. p//2
     h = len(dft) // 2 + 0.5
     axes[1].imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, h, h, -h))
-    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT| without the mean\n(shades by its square root)')
+    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT|, in shades by its root')
 
 
+@figure('one')
 def waves(run):
-    """Which (q, k) the MLP layer carries, without leakage."""
-    a, n = run.arrays, run.final
-    fig, ax = plt.subplots(figsize=(7.5, 2.2 if run.one_modulus else 4.2))
-    draw_waves(ax, run, a['wave_shares'][0], a['wave_shares'][0].max())
-    fig.suptitle(f'{run.name}: share of the neurons\' interaction in each sum wave; {n["waves"]} of {len(a["freqs"])} carried')
+    """Which waves cos(2πk n/q) the neurons hold, as shares of what depends on both digits together. Filled or
+    blue: clearly held, more than the average and ten times noise."""
+    a, one = run.arrays, one_modulus(run)
+    fig, ((ax,),) = panels(1, 1, 2.3 if one else 4.4)
+    share = a['wave_shares'][0]
+    draw_waves(ax, run, share, share.max())
+    mark = 'Blue and numbered' if one else 'Area: share. Filled'
     return fig
 
 
 def draw_waves(ax, run, share, most):
-    """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per k."""
+    """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per
+    k."""
     q, k = run.arrays['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
-    if run.one_modulus:
-        return draw_stems(ax, k, share, carried, xlabel='frequency k', ylabel='share', ylim=(0, most * 1.15))
-    ax.scatter(k / q, np.searchsorted(run.arrays['classes'], q), s=80 * share.clip(0) / most, marker='s', c=np.where(carried, 'k', 'w'),
-               edgecolors='k', linewidths=0.3)
-    ax.set(xlabel=f'frequency k/q (cycles per number). Filled: carried. Largest area: {most:.2%}', ylabel='modulus q')
-    ax.set(xlim=(0, 0.51), ylim=(len(run.tasks), -1))
-    ax.set_yticks(range(len(run.tasks)), run.tasks, fontsize=6)
+    if one_modulus(run):
+        return stems(ax, k, share, carried, ylabel='share', ylim=(0, most * 1.15))
+    row = {modulus: i for i, modulus in enumerate(dict.fromkeys(run.data.classes))}
+    ax.scatter(k / q, [row[modulus] for modulus in q], s=80 * share.clip(0) / most, marker='s',
+               c=np.where(carried, 'k', 'w'), edgecolors='k', linewidths=0.3)
+    ax.set(xlabel=f'k/q, cycles per number; the largest square is {most:.2%}', ylabel='q')
+    ax.set(xlim=(0, 0.51), ylim=(len(row), -1))
+    ax.set_yticks(range(len(row)), row, fontsize=6)
 
 
-def draw_stems(ax, k, height, marked, **labels):
-    ax.vlines(k, 0, height, colors=np.where(marked, BLUE, GREY), linewidth=2)
-    for x, y in zip(k[marked], height[marked]):
-        ax.annotate(x, (x, y), ha='center', va='bottom', fontsize=6)
-    ax.set(**labels)
-
-
+@figure('one')
 def variance(run):
-    """What the activations of the neurons are made of, snapshot by snapshot."""
-    a, parts = run.arrays, dict(marginals='functions of x0 or x1 alone', sum_waves='sum waves', difference_waves='difference waves', rest='rest')
-    fig, ax = plt.subplots(figsize=(7.5, 2.6))
-    ax.stackplot(a['snapshot_epoch'] + 1, [a[f'snapshot_{k}'] for k in parts], labels=parts.values(), colors=('#DDDDDD', BLUE, ORANGE, '#444444'))
+    """What the neurons depend on, as shares of their variance over all inputs. The answers need sum waves, in
+    x0 + s x1; ReLU makes difference waves, in x0 − s x1, beside them."""
+    a = run.arrays
+    parts = {'x0 or x1 alone': 'one digit alone', 'sum waves': 'waves of x0 + s x1 (sum waves)',
+             'difference waves': 'waves of x0 − s x1', 'the rest': 'the rest'}
+    fig, ((ax,),) = panels(1, 1, 2.7)
+    ax.stackplot(a['snapshot_epoch'] + 1, [a[f'snapshot_variance of neurons in {part}'] for part in parts],
+                 labels=parts.values(), colors=('#DDDDDD', BLUE, ORANGE, '#444444'))
     ax.set(xscale='log', xlabel='epoch + 1', ylabel='share of variance', ylim=(0, 1))
     ax.legend(loc='lower left')
-    fig.suptitle(f'{run.name}: variance of its {len(a["neuron_k"])} neurons over all inputs')
     return fig
 
 
+@figure('one')
 def omega(run):
-    """Active frequencies through training: by the paper's rule, by its code's averaging, and without leakage."""
+    """How many frequencies the neurons use, counted in three ways at the snapshots."""
     a = run.arrays
-    x, counts, spectrum = a['omega_epoch'], a['omega_counts'], a['omega_spectrum'][:, 1:]
-    fig, (top, ax) = plt.subplots(2, 1, figsize=(7.5, 4.8), sharex=True)
-    mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, np.arange(0.5, spectrum.shape[1] + 1),
-                          (spectrum / spectrum.max(1, keepdims=True)).T, rasterized=True)
+    x, spectrum = a['snapshot_epoch'], a['snapshot_spectrum'][:, 1:]
+    fig, ((top,), (ax,)) = panels(2, 1, 4.8, sharex=True)
+    k = np.arange(0.5, spectrum.shape[1] + 1)
+    shades = (spectrum / spectrum.max(1, keepdims=True)).T
+    mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, k, shades, rasterized=True)
     fig.colorbar(mesh, ax=top, label='amplitude / largest of its epoch', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
-    lines = {'waves (q, k) that the layer carries: no leakage': counts[:, 2],
-             'bins of the 2-D DFT above mean + 2 sd, mean over neurons: the paper\'s rule': counts[:, 0],
-             'the same of x1 after the mean over x0: its code\'s averaging': counts[:, 1]}
+    lines = {'waves that the neurons hold, without leakage': a['snapshot_waves (q, k) carried'],
+             "bins above mean + 2 sd, the paper's rule": a['snapshot_active bins of a neuron'],
+             'the same after a mean, its code': a['snapshot_active frequencies of a neuron, averaged']}
     log_lines(ax, x, lines, yscale='symlog', ylabel='active frequencies', ylim=(0, 2e4))
     ax.legend(loc='upper left')
-    fig.suptitle(f'{run.name}: active frequencies of the neurons')
     return fig
 
 
+@figure('one')
 def clusters(run):
-    """How pure the neurons are, and which modulus (or frequency) they serve."""
-    a, one = run.arrays, run.one_modulus
-    fig, (ax, bars) = plt.subplots(1, 2, figsize=(7.5, 2.6), width_ratios=(2, 3))
-    ax.plot(np.sort(a['neuron_wave_share'])[::-1], c=BLUE, label='of interaction, at best (q, k)')
-    ax.plot(np.sort(a['neuron_k_share'])[::-1], c=ORANGE, ls='--', label='of variance, at best k of the p-DFT')
-    ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.25), yticks=(0, 0.5, 1))
+    """Which modulus q, or frequency k, each neuron serves."""
+    a, one = run.arrays, one_modulus(run)
+    fig, ((ax, bars),) = panels(1, 2, 2.7, width_ratios=(2, 3))
+    by_wave, by_k = (np.sort(a[f'neuron_{by}_share'])[::-1] for by in ('wave', 'k'))
+    ax.plot(by_wave, c=BLUE, label='best wave (q, k), of what needs both digits')
+    ax.plot(by_k, c=ORANGE, ls='--', label='best k of the p-DFT, of all variance')
+    ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.35), yticks=(0, 0.5, 1))
     ax.legend(loc='upper right')
     pure = a['neuron_wave_share'] > 0.5
     names, counts = np.unique(a['neuron_wave'][pure, int(one)], return_counts=True)
     bars.bar([str(n) for n in names], counts, color=BLUE)
     bars.tick_params(axis='x', labelsize=6, rotation=90 if len(names) > 12 else 0)
-    bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons', title=f'the {pure.sum()} neurons that have more than half in one (q, k)')
-    fig.suptitle(f'{run.name}: neurons by what they serve')
+    bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons')
+    bars.set(title=f'the {pure.sum()} neurons with more than half in the waves of one (q, k)')
+    if not pure.any():
+        bars.text(0.5, 0.5, 'no neuron has', transform=bars.transAxes, ha='center')
     return fig
 
 
+@figure('one')
 def mechanism(run):
-    """How a sum mod p is computed (Nanda et al. 2023): cosines in the logits, key frequencies, restricted and excluded loss."""
+    """How it adds modulo p: its logits are cosines of a few key frequencies k, with w_k = 2πk/p."""
     a, n, d = run.arrays, run.final, np.arange(run.p)
-    fit, key = a['fit'], np.array(n['key_frequencies'], int)
-    fig, (ax, profile, losses) = plt.subplots(1, 3, figsize=(7.5, 2.8), width_ratios=(2, 2, 3))
+    fit, key = a['fit'], np.array(n['key frequencies'], int)
+    fig, ((ax, profile, losses),) = panels(1, 3, 2.9, width_ratios=(2, 2, 3))
     k = np.arange(1, len(fit) + 1)
-    draw_stems(ax, k, fit, np.isin(k, key), xlabel='frequency k', ylabel='share of the logits', title=f'cos(w_k (x0+x1-c)): {n["cos_fit"]:.0%} in all')
+    stems(ax, k, fit, np.isin(k, key), ylabel='share of the logits')
+    ax.set_title(f'cos(w_k (x0+x1−c)): {n["logits in key cosines"]:.0%} in key k')
     profile.plot(d, a['profile'], 'k.', ms=3, label='mean logit')
-    profile.plot(d, np.cos(2 * np.pi * np.outer(d, key) / run.p) @ a['amplitude'][key - 1], c=ORANGE, label='key cosines', lw=0.8)
-    profile.set(xlabel='x0 + x1 - c mod p', title='logits, centred')
+    cosines = np.cos(2 * np.pi * np.outer(d, key) / run.p) @ a['amplitude'][key - 1]
+    profile.plot(d, cosines, c=ORANGE, label='key cosines', lw=0.8)
+    profile.set(xlabel='(x0 + x1 − c) mod p', title='logit of class c, centred')
     profile.legend()
     if 'snapshot_epoch' in a:
-        lines = {'all inputs': a['snapshot_full_loss'], 'all inputs, key only': a['snapshot_restricted_loss'],
-                 'training inputs': a['snapshot_train_losses'][:, 0], 'training inputs, without key': a['snapshot_excluded_loss']}
+        lines = {'all inputs': a['snapshot_loss on all inputs'],
+                 'all inputs, key waves alone (restricted)': a['snapshot_restricted loss'],
+                 'training inputs': a['snapshot_train_losses'][:, 0],
+                 'training inputs, without key waves (excluded)': a['snapshot_excluded loss']}
         log_lines(losses, a['snapshot_epoch'], lines, yscale='log', ylabel='loss (nats)')
-    fig.suptitle(f'{run.name}: key frequencies {", ".join(map(str, key)) or "none"}')
     return fig
 
 
+@figure('one')
 def bases(run):
-    """Formulas: W_E and W_L by frequency, over the residues and over their discrete logarithms."""
-    fig, axes = plt.subplots(2, 2, figsize=(7.5, 3.8), sharey='row')
+    """The embedding W_E and the map from neurons to logits W_L = W_out W_U by frequency. A sum is sparse over
+    the residues 0, 1, 2, …, a product over their discrete logarithms."""
+    fig, axes = panels(2, 2, 3.9, sharey='row')
     for row, matrix in zip(axes, ('W_E', 'W_L')):
-        for ax, basis, order in zip(row, (matrix, f'{matrix}_mult'), ('residues', 'discrete logarithms')):
+        for ax, basis, by in zip(row, (matrix, f'{matrix}_mult'), ('', ' by logarithm')):
             cos, sin = run.arrays[f'{basis}_cos_sin']
-            k, n = np.arange(1, len(cos) + 1), run.final[f'{basis}_effective']
+            k, n = np.arange(1, len(cos) + 1), run.final[f'{matrix} effective frequencies{by}']
             ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
             ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
-            ax.set(xlabel=f'frequency k, rows in the order of {order}', ylabel='norm' if ax is row[0] else '', title=f'{matrix}: {n:.1f} effective frequencies of {len(k)}')
+            ax.set(xlabel='frequency k over the ' + ('discrete logarithms' if by else 'residues'))
+            ax.set(title=f'{matrix}: {n:.1f} effective frequencies of {len(k)}')
+        row[0].set_ylabel('norm')
     axes[0, 0].set_ylim(top=1.25 * axes[0, 0].get_ylim()[1])
     axes[0, 0].legend(ncols=2, loc='upper right')
-    fig.suptitle(run.name)
     return fig
 
 
+@figure('one')
 def pattern(run):
-    """Formulas: the logits of one class over all inputs and their spectrum, by residues and by discrete logarithms."""
+    """The logit of answer 1 for all a = x0, b = x1, and its spectrum. Left in the order 0, 1, 2, …; right in
+    the order of discrete logarithms, in which a product is a sum."""
     grids, order = run.arrays['pattern'], run.arrays['by_log']
-    fig, axes = plt.subplots(len(grids), 4, figsize=(7.5, 0.3 + 2.2 * len(grids)), squeeze=False)
-    for row, grid, name in zip(axes, grids, run.tasks):
-        for ax, spectrum, values, what in zip(row[::2], row[1::2], (grid, grid[np.ix_(order, order)]), ('', 'log ')):
+    fig, axes = panels(len(grids), 4, 0.4 + 2.2 * len(grids))
+    for row, grid, name in zip(axes, grids, rows_of(run)):
+        by_log = grid[np.ix_(order, order)]
+        for ax, spectrum, values, what in zip(row[::2], row[1::2], (grid, by_log), ('{}', 'logarithm of {}')):
             ax.imshow(values)
-            ax.set(xlabel=f'{what}b', ylabel=f'{what}a', title=f'{name}: logit of class 1')
+            ax.set(xlabel=what.format('b'), ylabel=what.format('a'), title=name)
             n = len(values)
-            dft = np.fft.fftshift(np.abs(np.fft.rfft2(values - values.mean())), axes=0)  # a -(n//2) .., b 0 .. n//2
-            spectrum.imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, n // 2 + 0.5, n - n // 2 - 0.5, -(n // 2) - 0.5))
-            spectrum.set(xlabel=f'frequency of {what}b', ylabel=f'of {what}a', title='|2-D DFT|')
-    fig.suptitle(f'{run.name} (spectra in shades by their square root)')
+            dft = np.fft.fftshift(np.abs(np.fft.rfft2(values - values.mean())), axes=0)
+            extent = (-0.5, n // 2 + 0.5, n - n // 2 - 0.5, -(n // 2) - 0.5)
+            spectrum.imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=extent)
+            spectrum.set(xlabel='frequency across', ylabel='frequency down', title='|2-D DFT|')
     return fig
 
 
+@figure('one')
 def components(run):
-    """What each part of the network writes into the logits, by frequency over the classes."""
-    spectra, n, C = run.arrays['class_spectra'], run.final, run.classes[0]
+    """How much of each frequency every part of the network writes into the logits, mean over pairs that it
+    was not trained on."""
+    spectra, n, C = run.arrays['class_spectra'], run.final, run.data.classes[0]
+    tau, shares = n['tau, the highest low frequency'], n['logits of "=", heads, MLP: low share']
     names = ['"="', *(f'head {h}' for h in range(len(spectra) - 2)), 'MLP']
-    fig, axes = plt.subplots(len(spectra), 1, figsize=(7.5, 0.4 + 1.05 * len(spectra)), sharex=True)
-    for ax, spectrum, name, periods, low in zip(axes, spectra, names, n['periods'], n['low_share']):
+    fig, axes = panels(len(spectra), 1, 0.5 + 1.15 * len(spectra), sharex=True)
+    all_periods = n['logits of "=", heads, MLP: periods']
+    for ax, spectrum, name, periods, low in zip(axes[:, 0], spectra, names, all_periods, shares):
         k = np.arange(1, len(spectrum) + 1)
-        ax.bar(k, spectrum, 1, color=np.where(k <= n['tau'], BLUE, ORANGE))
+        ax.bar(k, spectrum, 1, color=np.where(k <= tau, BLUE, ORANGE))
         for period in periods:
-            ax.annotate(f'{period:.3g}', (C / period, spectrum[round(C / period) - 1]), ha='center', va='bottom', fontsize=6)
-        ax.set(ylabel=name, ylim=(0, 1.25 * spectrum.max()))
-        ax.text(0.6, 0.8, f'{low:.0%} of its power is low (k ≤ {n["tau"]})', transform=ax.transAxes, ha='center', fontsize=7)
-    axes[-1].set_xlabel(f'frequency k over the {C} classes; where it stands out, its period C/k')
-    fig.suptitle(f'{run.name}: amplitude in the logits of each part, mean over the test set')
+            at = round(C / period)
+            ax.annotate(f'{period:.3g}', (at, spectrum[at - 1]), ha='center', va='bottom', fontsize=6)
+        ax.set(ylabel=name, ylim=(0, 1.2 * spectrum.max()))
+        ax.set_title(f'{low:.0%} of its power is low (blue, k ≤ {tau})', loc='right', fontsize=7, pad=2)
+    axes[-1, 0].set_xlabel(f'frequency k over the {C} classes; where it stands out, its period C/k')
     return fig
 
 
+@figure('one')
 def filters(run):
-    """What is left of the network without low or high frequencies in what its MLP or attention write."""
-    rows, n = run.final['filters'], run.final
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), sharey=True)
+    """Right and nearly right answers without the low or the high frequencies over the classes in what a part
+    writes."""
+    n, names = run.final, ['nothing']
+    names += [f'{band} from {where}' for band in ('low', 'high') for where in ('MLP', 'attention', 'both')]
+    rows = np.array([n[f'filtered: {name}'] for name in names])
+    random = np.array([n.get(f'filtered: {name}, random', [np.nan] * 5) for name in names])
+    of_errors = (4,) if run.data.modular else (3, 4)  # a distance of tens says nothing modulo p
+    fig, ((left, right),) = panels(1, 2, 3.1, sharey=True)
     y = np.arange(len(rows))
-    for ax, columns, title in ((left, (0, 1, 2), 'share of the test set'), (right, (3, 4), 'share of the errors')):
+    left.set_title('share of the pairs')
+    right.set_title('share of the errors')
+    for ax, columns in ((left, (0, 1, 2)), (right, of_errors)):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
-            ax.barh(y + 0.27 * (i - 1), [row[column] for row, _ in rows.values()], 0.25, color=colour, label=analyze.SCORES[column])
-        ax.set(xlim=(0, 1), title=title)
-    for i, column in enumerate((0, 1, 2)):
-        left.plot([null[column] if null else np.nan for _, null in rows.values()], y + 0.27 * (i - 1), 'k|', ms=6, label='without random directions' if i == 0 else None)
+            ax.barh(y + 0.27 * (i - 1), rows[:, column], 0.25, color=colour, label=analyze.SCORES[column])
+        ax.set_xlim(0, 1)
+    for i in range(3):
+        label = None if i else 'as many random directions taken out'
+        left.plot(random[:, i], y + 0.27 * (i - 1), 'k|', ms=6, label=label)
     for ax in (left, right):
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
-    left.set_yticks(y, rows)
+    left.set_yticks(y, names)
     left.invert_yaxis()
-    fig.suptitle(f'{run.name}: without low (k ≤ {n["tau"]}) or high frequencies')
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------- comparisons, a row per run
+# ---------------------------------------------------------------- comparisons, a row per run
 
-def positional(runs):
-    """Figure 7: positional embeddings of the two digits."""
-    fig, axes = plt.subplots(len(runs), 1, figsize=(7.5, 0.2 + 1.1 * len(runs)), squeeze=False)
+@figure('any')
+def positional(*runs):
+    """W_pos: what is added to the first and to the second digit. Filled: positive, hollow: negative (figure
+    7)."""
+    fig, axes = panels(len(runs), 1, 0.4 + 1.1 * len(runs))
     for ax, run in zip(axes[:, 0], runs):
-        hinton(ax, run.arrays['W_pos'][:2], xlabel='dimension', title=f'{run.name}: W_pos, Pearson {run.final["W_pos_pearson"]:.2f} over all dimensions')
+        hinton(ax, run.arrays['W_pos'][:2], xlabel='dimension')
+        ax.set_title(f'{name_of(run)}: correlation of the two {run.final["W_pos correlation"]:.2f}')
         ax.set_yticks((0, 1), ('x0', 'x1'))
     return fig
 
 
-def singular_values(runs):
-    """Figure 8: singular values of W_E, with marks at 50 % and 90 % of their sum."""
-    fig, axes = plt.subplots(len(runs), 1, figsize=(7.5, 0.5 + 1.6 * len(runs)), sharex=True, squeeze=False)
+@figure('any')
+def singular_values(*runs):
+    """Singular values of W_E: how many make half and 90 % of their sum, and of the sum of their squares
+    (figure 8)."""
+    fig, axes = panels(len(runs), 1, 0.6 + 1.6 * len(runs), sharex=True)
     for ax, run in zip(axes[:, 0], runs):
-        s, null = run.arrays['singular_values'], run.arrays['singular_values_initial']
-        ax.bar(np.arange(len(s)) + 1, s / s.sum(), color=BLUE, label='trained')
-        ax.plot(np.arange(len(s)) + 1, null / null.sum(), c='k', label='at initialisation')
-        for share, n in ((50, run.final['W_E_n50']), (90, run.final['W_E_n90'])):
-            ax.axvline(n + 0.5, c=ORANGE)
-            ax.text(n + 1, 0.95, f'{share} %: {n}', transform=ax.get_xaxis_transform(), va='top')
-        ax.set(ylabel='share of the sum', title=f'{run.name}: singular values of W_E')
+        S, null = run.arrays['singular_values'], run.arrays['singular_values_initial']
+        ax.bar(np.arange(len(S)) + 1, S / S.sum(), color=BLUE, label='trained')
+        ax.plot(np.arange(len(S)) + 1, null / null.sum(), c='k', label='at initialisation')
+        for share in (50, 90):
+            of_sum = run.final[f'W_E singular values to {share} %']
+            of_squares = run.final[f'W_E singular values to {share} % of variance']
+            ax.axvline(of_sum + 0.5, c=ORANGE)
+            ax.axvline(of_squares + 0.5, c=GREEN, ls='--')
+            at = ax.get_xaxis_transform()
+            ax.text(of_sum + 1, 0.97, f'{share} % of the sum: {of_sum}', transform=at, va='top', fontsize=7)
+            ax.text(of_squares + 1, 0.8, f'of the variance: {of_squares}', transform=at, va='top', fontsize=7)
+        ax.set(ylabel='share of the sum', title=name_of(run))
     axes[0, 0].legend(loc='center right')
     axes[-1, 0].set_xlabel('index')
     return fig
 
 
-def embedding(runs):
-    """Figures 11 to 13: W_E in the Fourier basis over the digits."""
-    fig, axes = plt.subplots(len(runs), 2, figsize=(7.5, 3.4 * len(runs)), squeeze=False)
+@figure('any')
+def embedding(*runs):
+    """W_E by frequency over the digits (figures 11 to 13). Left its coefficients, filled: positive, hollow:
+    negative; right how much of each frequency."""
+    fig, axes = panels(len(runs), 2, 0.3 + 3.4 * len(runs))
     for (corner, ax), run in zip(axes, runs):
-        hinton(corner, run.arrays['W_E_fourier'], xlabel='dimension', title=f'{run.name}: W_E')
+        norms = run.arrays['W_E_norms']
+        hinton(corner, run.arrays['W_E_fourier'], xlabel='dimension', title=f'{name_of(run)}: W_E')
         rows = range(0, min(CORNER, run.p), 3)
-        corner.set_yticks(rows, ['const'] + [f'{"cos" if r % 2 else "sin"} {(r + 1) // 2}' for r in rows[1:]], fontsize=6)
-        draw_norms(ax, run, run.arrays['W_E_norms'], run.arrays['W_E_norms'].max())
+        names = ['const'] + [f'{"cos" if r % 2 else "sin"} {(r + 1) // 2}' for r in rows[1:]]
+        corner.set_yticks(rows, names, fontsize=6)
+        draw_norms(ax, run, norms, norms.max())
     return fig
 
 
@@ -420,132 +512,133 @@ def draw_norms(ax, run, norms, most):
     k = np.arange(1, len(norms) + 1)
     ax.bar(k, norms, color=np.where(norms > line, ORANGE, BLUE))
     ax.axhline(line, c=ORANGE, ls='--', lw=0.8, label='mean + 2 sd')
-    ax.plot(k, null * np.sqrt((norms ** 2).sum() / (null ** 2).sum()), c='k', lw=0.8, label='at initialisation, scaled to the same power')
+    same_power = null * np.sqrt((norms ** 2).sum() / (null ** 2).sum())
+    ax.plot(k, same_power, c='k', lw=0.8, label='at initialisation, scaled to the same power')
     ax.set(xlabel='frequency k', ylabel='norm of cos and sin', ylim=(0, 1.3 * most))
     ax.legend(loc='upper right')
 
 
-def neurons(runs):
-    """The first three neurons over the inputs, and their spectra."""
-    fig, axes = plt.subplots(2 * len(runs), 3, figsize=(7.5, 5.4 * len(runs)), squeeze=False)
+@figure('any')
+def neurons(*runs):
+    """The first three neurons: activation over the inputs, and below it the spectrum over both digits."""
+    fig, axes = panels(2 * len(runs), 3, 0.3 + 5.4 * len(runs))
     for row, run in zip(range(0, len(axes), 2), runs):
         for i in range(3):
             draw_neuron(axes[row:row + 2, i], run.arrays, i)
-            axes[row, i].set_title(f'{run.name}\nneuron {i}: activation')
+            axes[row, i].set_title(f'{name_of(run)}, neuron {i}')
     return fig
 
 
-def attention(runs):
-    """Attention from the last token to x0, head by head, over the inputs."""
+@figure('any')
+def attention(*runs):
+    """How much the last token attends x0, for the first digits. Above each head its mean attention to x0 less
+    that to x1: +1 looks at x0 alone, −1 at x1 alone."""
     heads = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
-    rows = [(run, o) for run in runs for o in range(len(run.arrays['attention']) // run.config['n_heads'])]
-    fig, axes = plt.subplots(len(rows), heads, figsize=(7.5, 0.5 + 7 / heads * len(rows)), squeeze=False)
+    rows = [(run, operation) for run in runs for operation in range(run.data.n_ops)]
+    fig, axes = panels(len(rows), heads, 0.6 + 7 / heads * len(rows))
     for row, (run, o) in zip(axes, rows):
-        n_ops = len(run.arrays['attention']) // run.config['n_heads']
-        for ax in row[run.config['n_heads']:]:
+        H, n_ops = run.config['n_heads'], run.data.n_ops
+        for ax in row[H:]:
             ax.axis('off')
-        for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'][o::n_ops], run.final['attention_score'][o::n_ops])):
+        scores = run.final['heads: attention to x0 less x1'][o::n_ops]
+        for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'][o::n_ops], scores)):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
-            ax.set(title=f'head {h}: score {score:+.2f}', xlabel='x1', ylabel='' if h else (f'{run.tasks[o]}' if n_ops > 1 else run.label) + '\nx0')
+            ax.set_title(f'head {h}: {score:+.2f}', fontsize=8 if heads <= 4 else 6)
+            ax.set_xlabel('x1')
+        row[0].set_ylabel(f'{rows_of(run)[o] if n_ops > 1 else name_of(run)}\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
-    names = '; '.join(run.name for run in runs)
-    fig.suptitle(f'attention of the last token: {names}\n(first {CORNER} digits; score: mean attention to x0 less that to x1)')
+    shown = min(CORNER, max(run.p for run in runs))
     return fig
 
 
-def density(runs):
-    """Formulas: Fourier frequency density and coefficient ratio of W_E and W_L through training, beside the accuracy."""
-    fig, axes = plt.subplots(len(runs), 3, figsize=(7.5, 0.3 + 1.7 * len(runs)), sharex=True, squeeze=False)
+@figure('any')
+def density(*runs):
+    """How sparse the matrices become. FFD: share of the frequencies with more than half of the largest
+    coefficient. FCR: the smaller of cosine and sine by the larger, mean over the frequencies."""
+    fig, axes = panels(len(runs), 3, 0.5 + 1.8 * len(runs), sharex=True)
     for (left, *right), run in zip(axes, runs):
-        a, n = run.arrays, run.final
-        epochs, mean = a['snapshot_epoch'], {part: a[f'snapshot_{part}_accuracies'].mean(1) for part in ('train', 'valid')}
-        log_lines(left, epochs, {'validation': mean['valid'], 'training': mean['train']}, ylabel=run.label, title='accuracy', ylim=(-0.05, 1.05))
+        a = run.arrays
+        epochs = a['snapshot_epoch']
+        valid, train = (a[f'snapshot_{part}_accuracies'].mean(1) for part in ('valid', 'train'))
+        log_lines(left, epochs, dict(validation=valid, training=train), ylabel=name_of(run), title='accuracy')
         for ax, measure in zip(right, ('FFD', 'FCR')):
-            log_lines(ax, epochs, {m: a[f'snapshot_{m}_{measure}'] for m in ('W_E', 'W_L')}, title=measure, ylim=(-0.05, 1.05))
-            for m, colour in (('W_E', BLUE), ('W_L', ORANGE)):
-                ax.axhline(n[f'{m}_null_{measure}'], c=colour, ls=':', lw=0.8, label=f'Gaussian, shape of {m}')
+            lines = {matrix: a[f'snapshot_{matrix} {measure}'] for matrix in ('W_E', 'W_L')}
+            log_lines(ax, epochs, lines, title=measure)
+            ax.axhline(run.final[f'W_E {measure}, Gaussian'], c=GREY, ls=':', label='Gaussian numbers')
             ax.legend()
-    for ax in axes[:-1].flat:
-        ax.set_xlabel('')
-    for ax in axes[1:].flat:
-        ax.get_legend().remove()
+        for ax in (left, *right):
+            ax.set_ylim(-0.05, 1.1)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------- animation, main
-
-DATA = [polar, inputs, targets]
-SINGLE = {  # with what a run must have for it
-    accuracy: 'metrics.npz', loss: 'metrics.npz', gradients: 'metrics.npz', singular_vectors: '', neuron: 'neurons', waves: 'neurons', clusters: 'neurons',
-    variance: 'snapshots of neurons', omega: 'spectra or snapshots of neurons', mechanism: 'logits of a single modular sum',
-    bases: 'targets mod p', pattern: 'targets mod p', components: 'one set of classes', filters: 'one set of classes'}
-COMPARED = {positional: '', singular_values: '', embedding: '', neurons: 'neurons', attention: '', density: 'snapshots of targets mod p'}
-KEYS = {  # the array that shows it
-    '': 'W_pos', 'metrics.npz': 'valid_acc', 'neurons': 'neurons', 'snapshots of neurons': 'snapshot_rest',
-    'spectra or snapshots of neurons': 'omega_epoch', 'logits of a single modular sum': 'profile', 'recorded spectra': 'spectra_epoch',
-    'snapshots': 'snapshot_W_E_norms', 'one set of classes': 'class_spectra', 'targets mod p': 'pattern', 'snapshots of targets mod p': 'snapshot_W_E_FFD'}
-ANIMATED = dict(waves='recorded spectra', embedding='snapshots')
-
+# ---------------------------------------------------------------- animation, main
 
 def animate(run, what):
-    """Through training, a frame per record: `waves` from the recorded spectra, `embedding` from the snapshots."""
+    """Through training, a frame per record: `waves` from the recorded spectra, `embedding` from the
+    snapshots."""
+    r, a = run.records, run.arrays
     if what == 'waves':
-        draw, epochs, frames = draw_waves, run.records['spectra_epoch'], analyze.recorded_share(run.records)
+        total, alone = r['variance'].T
+        frames = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
+        draw, epochs, title = draw_waves, r['spectra_epoch'], 'waves that the neurons hold'
     else:
-        draw, epochs, frames = draw_norms, run.arrays['snapshot_epoch'], run.arrays['snapshot_W_E_norms']
+        draw, epochs, title = draw_norms, a['snapshot_epoch'], 'W_E by frequency'
+        frames = a['snapshot_W_E_norms']
     fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
 
     def frame(i):
         ax.clear()
         draw(ax, run, frames[i], frames.max())
-        ax.set_title(f'{run.label}, p = {run.p}, epoch {epochs[i]:,}: ' + ('interaction of the neurons by (q, k)' if what == 'waves' else 'W_E by frequency'))
+        ax.set_title(f'{name_of(run)}, p = {run.p}, epoch {epochs[i]:,}: {title}')
     return FuncAnimation(fig, frame, len(frames))
 
 
-def main(argv):
-    by_name = {f.__name__: f for f in [*DATA, *SINGLE, *COMPARED]}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
-    parser.add_argument('--data', action='store_true', help='the figures that need no run: ' + ', '.join(f.__name__ for f in DATA))
-    parser.add_argument('--embedding', metavar='FILE', help='the spectrum of any matrix with a row per number, .npy or .pt, in out/figures')
-    parser.add_argument('--only', metavar='NAME', choices=by_name, help='one figure: ' + ', '.join(by_name))
-    parser.add_argument('--animate', choices=ANIMATED, help='also a GIF through training')
-    args = parser.parse_args(argv)
-    if not args.runs and (args.animate or not (args.data or args.embedding)):
-        raise Refusal('name a run folder, or --data for the figures that need none, or --embedding for any matrix')
-    if args.only and not (args.data if by_name[args.only] in DATA else args.runs):
-        raise Refusal(f'{args.only} needs ' + ('--data' if by_name[args.only] in DATA else 'a run folder'))
+def draw_file(file, draw, *args):
+    """A figure as file.png and file.svg, or one line that says what it lacks. -> whether it was drawn."""
+    try:
+        fig = draw(*args)
+    except KeyError as e:
+        say(f'note: {file.name} not drawn: no {e} in {" and ".join(str(run.path) for run in args)}')
+        return False
+    for kind in ('svg', 'png'):
+        write(file.with_suffix(f'.{kind}'), lambda f: fig.savefig(f, format=kind))
+    plt.close(fig)
+    say(file.with_suffix('.png'))
+    return True
 
-    matplotlib.use('Agg')
-    runs = [Run(path) for path in args.runs]
-    jobs = [(f.__name__, f, [], '', Path('out')) for f in DATA if args.data]  # name, function, runs, what they need, folder
-    jobs += [(f.__name__, lambda run, f=f: f(run[0]), [run], needs, run.path) for run in runs for f, needs in SINGLE.items()]
-    jobs += [(f.__name__, f, runs, needs, runs[0].path) for f, needs in COMPARED.items() if runs]
-    jobs = [job for job in jobs if args.only in (None, job[0])]
-    jobs += [(f'embedding_{Path(args.embedding).stem}', lambda: spectrum(args.embedding), [], '', Path('out'))] if args.embedding else []
-    jobs += [(args.animate, None, [run], ANIMATED[args.animate], run.path) for run in runs if args.animate]
-    drawn = 0
-    with plt.rc_context(STYLE):
-        for name, draw, given, needs, folder in jobs:
-            lacking = [str(run.path) for run in given if KEYS[needs] not in run.arrays | run.records]
-            if lacking:
-                print(f'note: {name} not {"drawn" if draw else "animated"}: {" and ".join(lacking)} without {needs}')
-                continue
-            file = folder / 'figures' / f'{name}.{"png" if draw else "gif"}'
-            if draw:
-                figure = draw(given) if given else draw()
-                for kind in ('svg', 'png'):
-                    write(file.with_suffix(f'.{kind}'), lambda f: figure.savefig(f, format=kind))
-            else:
-                with tempfile.TemporaryDirectory() as beside:
-                    animate(given[0], name).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
-                    write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
-            plt.close('all')
-            drawn += 1
-            print(file, flush=True)
-    if not drawn:
-        raise Refusal('nothing drawn')
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    option = parser.add_argument
+    option('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
+    option('--only', metavar='NAME', choices=FIGURES, help='one figure: ' + ', '.join(FIGURES))
+    option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
+    option('--data', action='store_true', help='the figures that need no run')
+    option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
+    option('--animate', choices=('waves', 'embedding'), help='also a GIF through training')
+    args = parser.parse_args(argv)
+    need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
+    paths = map(Path, args.runs)
+    runs = [analyze.load_run(path, Path(args.to, path.name) if args.to else path) for path in paths]
+    jobs = []  # folder, name, figure, what it takes
+    for name, (draw, takes) in FIGURES.items():
+        if args.only in (None, name):
+            jobs += [(run.to, name, draw, run) for run in runs if takes == 'one']
+            jobs += [(run.to, name, draw, *runs) for run in runs[:1] if takes == 'any']
+            jobs += [('out', name, draw)] * (takes == 'none' and args.data)
+    if args.embedding:
+        jobs.append(('out', f'embedding_{Path(args.embedding).stem}', spectrum, args.embedding))
+    need(jobs, f'{args.only} needs {"a run folder" if args.data else "--data"}')
+    drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
+    for run in runs if args.animate else ():
+        file = Path(run.to, 'figures', f'{args.animate}.gif')
+        with plt.rc_context(STYLE), tempfile.TemporaryDirectory() as beside:
+            animate(run, args.animate).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
+            write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
+        say(file)
+    need(any(drawn) or args.animate, 'nothing drawn')
 
 
 if __name__ == '__main__':
