@@ -127,15 +127,18 @@ def outliers(W, draws=100):
     """
     def standing(x):
         around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
-        left, right = np.pad(x, 1)[:-2], np.pad(x, 1)[2:]
+        left = np.pad(x, 1)[:-2]
+        right = np.pad(x, 1)[2:]
         times = x / np.maximum(np.median(around, 1), 1e-30)
         return np.where((x > left) & (x > right) & (np.arange(len(x)) > 0), times, 0)
 
-    n, rng = len(W), np.random.default_rng(0)
+    n = len(W)
+    rng = np.random.default_rng(0)
     line = torch.linalg.qr(torch.stack([torch.ones(n), torch.linspace(-1, 1, n)], 1)).Q
     W = W - line @ (line.T @ W)
     covariance = W.T @ W / n
-    mean, variance = 2 * covariance.trace().item(), 4 * covariance.square().sum().item()
+    mean = 2 * covariance.trace().item()
+    variance = 4 * covariance.square().sum().item()
     scale = variance / max(mean, 1e-30)
     shuffled = np.sqrt(rng.gamma(mean / max(scale, 1e-30), scale, (draws, n // 2)))
     by_chance = max(standing(row).max() for row in shuffled)
@@ -161,7 +164,8 @@ def waves(p, classes, stride):
     -> (4, B, p^2): cos and sin of the sum wave, cos and sin of the difference wave of each of wave_freqs. For
     q = 2 the sine vanishes and the difference wave is the sum wave again; both stand as zeros.
     """
-    freqs, n = wave_freqs(classes), torch.arange(p * p)
+    freqs = wave_freqs(classes)
+    n = torch.arange(p * p)
     q, k = freqs.T[:, :, None]
     # the whole-number phase is reduced mod q first, so that no precision is lost to a large angle
     phases = [2 * torch.pi * (k * (n % p + sign * stride * (n // p)) % q) / q for sign in (1, -1)]
@@ -220,7 +224,8 @@ def decompose(neurons, p, solver):
 def single_waves(products, p, solver, kinds=4):
     """Variance of each activation that the waves of one (q, k) explain without the others, (B, F): its sum
     and its difference wave, or with kinds = 2 the sum wave. Never negative, nor more than the interaction."""
-    gram, B = solver[1], len(products) // 4
+    gram = solver[1]
+    B = len(products) // 4
     b = products.view(4, B, -1)[:kinds]
     blocks = gram.view(4, B, 4, B)[:kinds, :, :kinds].diagonal(dim1=1, dim2=3).permute(2, 0, 1)  # B 4 4
     return torch.einsum('ibf,bij,jbf->bf', b, torch.linalg.inv(blocks), b) / p ** 2
@@ -236,7 +241,8 @@ def best_frequency(dft, variance):
     """The frequency k with most of the variance (F,) of each activation, from `dft2` (n//2+1, n, F): its
     share, in the bins (+-k, 0), (0, +-k), (+-k, +-k) together (Nanda et al. 2023), and k. (F,), (F,)."""
     n = dft.shape[1]
-    k, power = torch.arange(1, n // 2 + 1), dft.square()
+    k = torch.arange(1, n // 2 + 1)
+    power = dft.square()
     both = power[k, 0] + power[k, k] + power[k, -k]
     folded = power[0, k] + power[0, -k] + 2 * both                                       # n//2 F
     if n % 2 == 0:  # n/2 is its own negative
@@ -266,13 +272,16 @@ def spectra_of(model, d, solver, precision):
 
     precision: the autocast of the model's products; the fit of the waves has none.
     """
-    acts, p = {}, round(len(d.y) ** 0.5)
+    acts = {}
+    p = round(len(d.y) ** 0.5)
     with precision:
         model(d.x, acts=acts)
     neurons = acts['neurons'].float().view(p * p, -1)
-    parts, dft = decompose(neurons, p, solver), dft2(neurons, p)
+    parts = decompose(neurons, p, solver)
+    dft = dft2(neurons, p)
     sums, differences = parts['waves'].mean(2)
-    total, interaction = parts['variance'].mean(), parts['interaction'].mean()
+    total = parts['variance'].mean()
+    interaction = parts['interaction'].mean()
     return dict(spectrum=dft.mean((1, 2)), sum_power=sums, difference_power=differences,
                 variance=torch.stack([total, total - interaction]), active=active_counts(dft, parts['alive']))
 
@@ -323,10 +332,15 @@ def neurons(m):
 
     The share of a neuron's best k is of its variance. The share of its best wave is of its interaction,
     explained by the sum and the difference wave of one (q, k); a pure neuron has more than half there. A
-    neuron that does not vary has 0 of everything. """
-    a, freqs = m.acts['neurons'].view(m.p ** 2, -1), wave_freqs(m.d.classes)
-    parts, dft = decompose(a, m.p, m.solver), dft2(a, m.p)
-    alive, total, inter = parts['alive'], parts['variance'], parts['interaction']
+    neuron that does not vary has 0 of everything.
+    """
+    a = m.acts['neurons'].view(m.p ** 2, -1)
+    freqs = wave_freqs(m.d.classes)
+    parts = decompose(a, m.p, m.solver)
+    dft = dft2(a, m.p)
+    alive = parts['alive']
+    total = parts['variance']
+    inter = parts['interaction']
     in_waves = parts['waves'].sum(1)                                                     # 2 F
     split = torch.stack([total - inter, *in_waves, inter - in_waves.sum(0)])             # 4 F
     kinds = ('x0 or x1 alone', 'sum waves', 'difference waves', 'the rest')
@@ -355,11 +369,17 @@ def neurons(m):
     out['pure neurons'] = pure.sum().item()
     out['pure neurons by the sum wave alone'] = (sum_share > 0.5).sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    out |= dict(neuron_ids=shown, neurons=a[:, shown].T.view(-1, m.p, m.p).mT)           # 4 x0 x1
-    out |= dict(neurons_dft=dft[..., shown].permute(2, 1, 0), spectrum=dft.mean((1, 2)))
-    out |= dict(neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best])
-    out |= dict(neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
-    return out | dict(wave_shares=layer)
+    out['neuron_ids'] = shown
+    out['neurons'] = a[:, shown].T.view(-1, m.p, m.p).mT                                 # 4 x0 x1
+    out['neurons_dft'] = dft[..., shown].permute(2, 1, 0)
+    out['spectrum'] = dft.mean((1, 2))
+    out['neuron_k'] = k_best
+    out['neuron_k_share'] = k_share
+    out['neuron_wave'] = freqs[wave_best]
+    out['neuron_wave_share'] = wave_share
+    out['neuron_split'] = split / total.clamp(min=1e-30)
+    out['wave_shares'] = layer
+    return out
 
 
 def polynomials(m):
@@ -368,7 +388,8 @@ def polynomials(m):
 
     Beside FFD and FCR are those of a Gaussian matrix. W_E is sparsest about the residue z whose rows z+1,
     z+2, .. in the order of the logarithms of 1, 2, .. have the highest Gini: 0 for a product, p-1 for
-    (a+1)(b+1). """
+    (a+1)(b+1).
+    """
     out, by_log = {}, by_discrete_log(m.p)
     for name, W in dict(W_E=m.net.W_E[:m.p], W_L=(m.net.W_out @ m.net.W_U).T).items():   # p D, p F
         null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
@@ -390,7 +411,8 @@ def sharp(m):
     """Targets mod p: how many neurons of each operation have more than 85 % of their variance at one
     frequency, over residues and over discrete logarithms of both digits. pattern (O, a, b): the logits of
     class 1."""
-    p, by_log = m.p, by_discrete_log(m.p)
+    p = m.p
+    by_log = by_discrete_log(m.p)
     out = dict(by_log=by_log, pattern=m.logits.view(p, p, m.d.n_ops, p)[..., 1].permute(2, 1, 0))
     grid = m.acts['neurons'].view(p, p, -1)
     for by, a in (('', grid.flatten(0, 1)), (' by logarithm', grid[by_log][:, by_log].flatten(0, 1))):
@@ -408,9 +430,12 @@ def mechanism(m):
     their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %. Beside their sum that
     of as many others, the mean: a table of the training rows has the same in all. Restricted loss: of the
     projection on the key waves in x0 + x1 and on the mean, over all inputs. Excluded loss: without the key
-    waves, over the training rows. """
+    waves, over the training rows.
+    """
     p, logits = m.p, m.logits
-    s, c, k = (m.d.x[:, 0] + m.d.x[:, 1]) % p, torch.arange(p), torch.arange(1, p // 2 + 1)
+    s = (m.d.x[:, 0] + m.d.x[:, 1]) % p
+    c = torch.arange(p)
+    k = torch.arange(1, p // 2 + 1)
     centred = logits - logits.mean(0)
     centred = centred - centred.mean(1, keepdim=True)
     profile = centred.gather(1, (s[:, None] - c) % p).mean(0)
@@ -424,7 +449,8 @@ def mechanism(m):
 
     def loss(z, rows=slice(None)):
         return task_losses(z[rows], m.d.y[rows], m.d.classes)[0].item()
-    out = {'key frequencies': key.tolist(), 'logits in key cosines': in_key.item()}
+    out = {'key frequencies': key.tolist()}
+    out['logits in key cosines'] = in_key.item()
     out['logits in as many others'] = (len(key) * (fit.sum() - in_key) / max(1, len(k) - len(key))).item()
     out['loss on all inputs'] = loss(logits)
     out['restricted loss'] = loss(logits.mean(0) + kept)
@@ -437,14 +463,16 @@ def outcomes(m):
     out = {}
     for part, rows in zip(('train', 'valid'), m.rows):
         loss, acc = task_losses(m.logits[rows], m.d.y[rows], m.d.classes)
-        out |= {f'{part}_losses': loss, f'{part}_accuracies': acc}
+        out[f'{part}_losses'] = loss
+        out[f'{part}_accuracies'] = acc
     return out
 
 
 def components(net, x):
     """What each part writes into the residual stream of the last position, (2 + H, n, D): the token "="
     (embedding and position), each head, the MLP. Their sum times W_U is the logits of tokens x (n, 3)."""
-    acts, z = {}, net.W_E[x] + net.W_pos                                                 # n T D
+    acts = {}
+    z = net.W_E[x] + net.W_pos                                                           # n T D
     net(x, acts=acts)
     values = torch.einsum('ntd,hdk->nthk', z, net.W_V)
     heads = torch.einsum('nth,nthk,hkd->hnd', acts['att'], values, net.W_O)
@@ -503,10 +531,14 @@ def filters(m, draws=3):
     what attention, the MLP or both write into the residual stream (Zhou et al. 2024). Attention is filtered
     before the MLP reads it. Beside them SCORES without as many random directions, the mean of some draws."""
     parts, y = unseen(m)
-    net, modulus = m.net, m.d.classes[0] if m.d.modular else None
+    net = m.net
+    modulus = m.d.classes[0] if m.d.modular else None
     D, C = net.W_U.shape
-    k, g, everything = torch.arange(1, C // 2 + 1), torch.Generator().manual_seed(0), torch.eye(D)
-    start, heads = parts[0], parts[1:-1].sum(0)
+    k = torch.arange(1, C // 2 + 1)
+    g = torch.Generator().manual_seed(0)
+    everything = torch.eye(D)
+    start = parts[0]
+    heads = parts[1:-1].sum(0)
 
     def scores(of_attention, of_mlp):
         mid = start + heads @ of_attention
@@ -591,7 +623,8 @@ def arrays_in(path):
 
 def network(o, d):
     """A new model for the data d by the options o, a dict. Formulas share their columns of logits."""
-    n_classes, n_tasks = sum(d.classes) // d.n_ops, len(d.classes) // d.n_ops
+    n_classes = sum(d.classes) // d.n_ops
+    n_tasks = len(d.classes) // d.n_ops
     return Transformer(o['p'], o['d_model'], o['n_heads'], n_classes, d.n_ops, n_tasks, o.get('init', 'he'))
 
 
@@ -599,11 +632,13 @@ def load_run(path, to=None, tau=0):
     """Open a run folder, as run = load_run('assets/nanda'). Raises Refusal if anything in it is damaged."""
     path, notes = Path(path), []
     ckpt = load(path / 'ckpt.pt')
-    o, epoch = ckpt['config'], ckpt['step']
+    o = ckpt['config']
+    epoch = ckpt['step']
     files = sorted(path.glob('snapshots/*.pt'))
     snapshots = {int(file.stem): load(file, ('model', 'step'))['model'] for file in files}
     snapshots = {e: w for e, w in snapshots.items() if e <= epoch}  # a killed run can have later ones
-    records, shipped = arrays_in(path / 'metrics.npz'), arrays_in(path / 'snapshots.npz')
+    records = arrays_in(path / 'metrics.npz')
+    shipped = arrays_in(path / 'snapshots.npz')
     try:
         d = data.make(o['task'], o['p'], o['data_seed'])
         rows = data.split(len(d.y), o['train_frac'], o['data_seed'])
@@ -641,7 +676,8 @@ def measure(run, weights, moment, solver, key=None):
     tau = run.tau or max(1, round(50 / 260 * (d.classes[0] // 2)))  # that of Zhou et al. 2024
     m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
                         key=key, tau=tau)
-    mod_p, sums = set(d.classes) == {p}, (d.x[:, 0] + d.x[:, 1]) % p
+    mod_p = set(d.classes) == {p}
+    sums = (d.x[:, 0] + d.x[:, 1]) % p
     one_sum = mod_p and len(d.names) == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'mod p': mod_p, 'one sum': one_sum,
              'one set of classes': len(set(d.classes)) == 1}
@@ -655,7 +691,9 @@ def measure(run, weights, moment, solver, key=None):
 def over_snapshots(run, solver, key):
     """The numbers and small arrays of every snapshot and of the final weights: snapshot_NAME, in the order of
     snapshot_epoch."""
-    out, began, moments = {}, time.perf_counter(), run.snapshots | {run.epoch: run.weights}
+    out = {}
+    began = time.perf_counter()
+    moments = run.snapshots | {run.epoch: run.weights}
     for i, (epoch, weights) in enumerate(moments.items()):
         numbers, arrays = measure(run, weights, 'snapshots', solver, key)
         some = {name: arrays[name].numpy() for name in SMALL if name in arrays}
@@ -714,7 +752,9 @@ def aligned(rows):
 
 def table(numbers):
     """The numbers of a run as text, beside their values at initialisation; lists below."""
-    o, final, initial = numbers['config'], numbers['final'], numbers['initial']
+    o = numbers['config']
+    final = numbers['final']
+    initial = numbers['initial']
     lists = {name: value for name, value in final.items() if isinstance(value, list)}
     rows = [[name, value, initial.get(name)] for name, value in final.items() if name not in lists]
     title = f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}'
@@ -745,7 +785,8 @@ def scores(d, logits, parts, task_weight, valid_acc):
     swapped, also the accuracy on test rows whose swapped pair was trained on, and on the others.
     """
     tasks = [dict(name=name, classes=q) for name, q in zip(d.names, d.classes)]
-    p, objective, of_pairs = round(len(d.y) ** 0.5), {}, []
+    p = round(len(d.y) ** 0.5)
+    objective = {}
     n = {part: x[::d.n_ops, 0] + p * x[::d.n_ops, 1] for part, (x, _) in parts.items()}
     swapped = torch.isin(n['test'] % p * p + n['test'] // p, n['train'])
     for part, z in logits.items():
@@ -831,9 +872,11 @@ def perfect_from(acc, for_epochs=500):
 def collect(run):
     """Put what a finished run came to into the results, in the place of one with the same options and seeds:
     its summary, the numbers of its analysis, the epochs by which gradients have had half of their sum."""
-    r, summary = run.records, run.path / 'summary.json'
+    r = run.records
+    summary = run.path / 'summary.json'
     need(r and summary.exists(), f'{run.path} holds no finished run')
-    s, numbers = json.loads(summary.read_text()), run.analysis[0]
+    s = json.loads(summary.read_text())
+    numbers = run.analysis[0]
     need(s['epochs'] == run.epoch and 'changed' in s, f'{run.path} has gone on since its summary.json')
     half = (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0).tolist()
     new = s | dict(final=numbers['final'], initial=numbers['initial'], perfect=perfect_from(r['valid_acc']))

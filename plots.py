@@ -44,9 +44,9 @@ def figure(takes):
         def drawn(*runs):
             with plt.rc_context(STYLE):
                 fig = draw(*runs)
-                of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}: ' for run in runs if takes == 'one']
+                of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}. ' for run in runs if takes == 'one']
                 text = ' '.join(draw.__doc__.split()).removesuffix('.')
-                fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 118))
+                fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 104))
                 return fig
         FIGURES[draw.__name__] = drawn, takes
         return drawn
@@ -207,7 +207,8 @@ def loss(run):
 
 
 def of_each_task(run, kind, label, **colours):
-    r, parts = run.records, dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
+    r = run.records
+    parts = dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
     if run.config['dropout']:
         parts['train'] += ', with dropout'
     if len(run.data.names) == 1:
@@ -246,10 +247,12 @@ def singular_vectors(run):
 @figure('one')
 def neuron(run):
     """The neuron that has most of one wave (figure 4): its activation, and its spectrum over both digits."""
-    a, i = run.arrays, run.arrays['neuron_ids'][3]
+    a = run.arrays
+    i = run.arrays['neuron_ids'][3]
     fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
     draw_neuron(axes[0], a, 3)
-    (q, k), share = a['neuron_wave'][i], a['neuron_wave_share'][i]
+    (q, k) = a['neuron_wave'][i]
+    share = a['neuron_wave_share'][i]
     axes[0, 0].set_title(f'neuron {i}: {share:.0%} of what needs both digits is waves of k/q = {k}/{q}')
     return fig
 
@@ -310,7 +313,8 @@ def variance(run):
 def omega(run):
     """How many frequencies the neurons use, counted in three ways at the snapshots."""
     a = run.arrays
-    x, spectrum = a['snapshot_epoch'], a['snapshot_spectrum'][:, 1:]
+    x = a['snapshot_epoch']
+    spectrum = a['snapshot_spectrum'][:, 1:]
     fig, ((top,), (ax,)) = panels(2, 1, 4.8, sharex=True)
     k = np.arange(0.5, spectrum.shape[1] + 1)
     shades = (spectrum / spectrum.max(1, keepdims=True)).T
@@ -342,16 +346,20 @@ def clusters(run):
     bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons')
     bars.set(title=f'the {pure.sum()} neurons with more than half in the waves of one (q, k)')
     if not pure.any():
-        bars.text(0.5, 0.5, 'no neuron has', transform=bars.transAxes, ha='center')
+        bars.text(0.5, 0.5, 'none so far', transform=bars.transAxes, ha='center')
+        bars.set(xticks=[], yticks=[])
     return fig
 
 
 @figure('one')
 def mechanism(run):
     """How it adds modulo p: its logits are cosines of a few key frequencies k, with w_k = 2πk/p."""
-    a, n, d = run.arrays, run.final, np.arange(run.p)
-    fit, key = a['fit'], np.array(n['key frequencies'], int)
-    fig, ((ax, profile, losses),) = panels(1, 3, 2.9, width_ratios=(2, 2, 3))
+    a = run.arrays
+    n = run.final
+    d = np.arange(run.p)
+    fit = a['fit']
+    key = np.array(n['key frequencies'], int)
+    fig, ((ax, profile, losses),) = panels(1, 3, 3.3, width_ratios=(2, 2, 3))
     k = np.arange(1, len(fit) + 1)
     stems(ax, k, fit, np.isin(k, key), ylabel='share of the logits')
     ax.set_title(f'cos(w_k (x0+x1−c)): {n["logits in key cosines"]:.0%} in key k')
@@ -366,6 +374,7 @@ def mechanism(run):
                  'training inputs': a['snapshot_train_losses'][:, 0],
                  'training inputs, without key waves (excluded)': a['snapshot_excluded loss']}
         log_lines(losses, a['snapshot_epoch'], lines, yscale='log', ylabel='loss (nats)')
+        losses.legend(loc='upper center', bbox_to_anchor=(0.4, -0.25))
     return fig
 
 
@@ -377,7 +386,8 @@ def bases(run):
     for row, matrix in zip(axes, ('W_E', 'W_L')):
         for ax, basis, by in zip(row, (matrix, f'{matrix}_mult'), ('', ' by logarithm')):
             cos, sin = run.arrays[f'{basis}_cos_sin']
-            k, n = np.arange(1, len(cos) + 1), run.final[f'{matrix} effective frequencies{by}']
+            k = np.arange(1, len(cos) + 1)
+            n = run.final[f'{matrix} effective frequencies{by}']
             ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
             ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
             ax.set(xlabel='frequency k over the ' + ('discrete logarithms' if by else 'residues'))
@@ -392,7 +402,8 @@ def bases(run):
 def pattern(run):
     """The logit of answer 1 for all a = x0, b = x1, and its spectrum. Left in the order 0, 1, 2, …; right in
     the order of discrete logarithms, in which a product is a sum."""
-    grids, order = run.arrays['pattern'], run.arrays['by_log']
+    grids = run.arrays['pattern']
+    order = run.arrays['by_log']
     fig, axes = panels(len(grids), 4, 0.4 + 2.2 * len(grids))
     for row, grid, name in zip(axes, grids, rows_of(run)):
         by_log = grid[np.ix_(order, order)]
@@ -411,8 +422,11 @@ def pattern(run):
 def components(run):
     """How much of each frequency every part of the network writes into the logits, mean over pairs that it
     was not trained on."""
-    spectra, n, C = run.arrays['class_spectra'], run.final, run.data.classes[0]
-    tau, shares = n['tau, the highest low frequency'], n['logits of "=", heads, MLP: low share']
+    spectra = run.arrays['class_spectra']
+    n = run.final
+    C = run.data.classes[0]
+    tau = n['tau, the highest low frequency']
+    shares = n['logits of "=", heads, MLP: low share']
     names = ['"="', *(f'head {h}' for h in range(len(spectra) - 2)), 'MLP']
     fig, axes = panels(len(spectra), 1, 0.5 + 1.15 * len(spectra), sharex=True)
     all_periods = n['logits of "=", heads, MLP: periods']
@@ -475,7 +489,8 @@ def singular_values(*runs):
     (figure 8)."""
     fig, axes = panels(len(runs), 1, 0.6 + 1.6 * len(runs), sharex=True)
     for ax, run in zip(axes[:, 0], runs):
-        S, null = run.arrays['singular_values'], run.arrays['singular_values_initial']
+        S = run.arrays['singular_values']
+        null = run.arrays['singular_values_initial']
         ax.bar(np.arange(len(S)) + 1, S / S.sum(), color=BLUE, label='trained')
         ax.plot(np.arange(len(S)) + 1, null / null.sum(), c='k', label='at initialisation')
         for share in (50, 90):
@@ -483,9 +498,9 @@ def singular_values(*runs):
             of_squares = run.final[f'W_E singular values to {share} % of variance']
             ax.axvline(of_sum + 0.5, c=ORANGE)
             ax.axvline(of_squares + 0.5, c=GREEN, ls='--')
-            at = ax.get_xaxis_transform()
-            ax.text(of_sum + 1, 0.97, f'{share} % of the sum: {of_sum}', transform=at, va='top', fontsize=7)
-            ax.text(of_squares + 1, 0.8, f'of the variance: {of_squares}', transform=at, va='top', fontsize=7)
+            text = functools.partial(ax.text, transform=ax.get_xaxis_transform(), va='top', fontsize=7)
+            text(of_sum + 1, 0.98, f'{share} % of the sum: {of_sum}')
+            text(of_squares + 1, 1.16 - 0.006 * share, f'{share} % of the variance: {of_squares}')
         ax.set(ylabel='share of the sum', title=name_of(run))
     axes[0, 0].legend(loc='center right')
     axes[-1, 0].set_xlabel('index')
@@ -508,7 +523,8 @@ def embedding(*runs):
 
 
 def draw_norms(ax, run, norms, most):
-    null, line = run.arrays['W_E_norms_initial'], analyze.threshold(torch.tensor(norms)).item()
+    null = run.arrays['W_E_norms_initial']
+    line = analyze.threshold(torch.tensor(norms)).item()
     k = np.arange(1, len(norms) + 1)
     ax.bar(k, norms, color=np.where(norms > line, ORANGE, BLUE))
     ax.axhline(line, c=ORANGE, ls='--', lw=0.8, label='mean + 2 sd')
@@ -537,7 +553,8 @@ def attention(*runs):
     rows = [(run, operation) for run in runs for operation in range(run.data.n_ops)]
     fig, axes = panels(len(rows), heads, 0.6 + 7 / heads * len(rows))
     for row, (run, o) in zip(axes, rows):
-        H, n_ops = run.config['n_heads'], run.data.n_ops
+        H = run.config['n_heads']
+        n_ops = run.data.n_ops
         for ax in row[H:]:
             ax.axis('off')
         scores = run.final['heads: attention to x0 less x1'][o::n_ops]
@@ -580,9 +597,13 @@ def animate(run, what):
     if what == 'waves':
         total, alone = r['variance'].T
         frames = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
-        draw, epochs, title = draw_waves, r['spectra_epoch'], 'waves that the neurons hold'
+        draw = draw_waves
+        epochs = r['spectra_epoch']
+        title = 'waves that the neurons hold'
     else:
-        draw, epochs, title = draw_norms, a['snapshot_epoch'], 'W_E by frequency'
+        draw = draw_norms
+        epochs = a['snapshot_epoch']
+        title = 'W_E by frequency'
         frames = a['snapshot_W_E_norms']
     fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
 
