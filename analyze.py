@@ -127,28 +127,27 @@ def outliers(W, draws=100):
     """
     def standing(x):
         around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
-        left = np.pad(x, 1)[:-2]
-        right = np.pad(x, 1)[2:]
+        beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
         times = x / np.maximum(np.median(around, 1), 1e-30)
-        return np.where((x > left) & (x > right) & (np.arange(len(x)) > 0), times, 0)
+        return np.where((x > beside) & (np.arange(len(x)) > 0), times, 0)
 
     n = len(W)
-    rng = np.random.default_rng(0)
     line = torch.linalg.qr(torch.stack([torch.ones(n), torch.linspace(-1, 1, n)], 1)).Q
     W = W - line @ (line.T @ W)
     covariance = W.T @ W / n
     mean = 2 * covariance.trace().item()
-    variance = 4 * covariance.square().sum().item()
-    scale = variance / max(mean, 1e-30)
+    scale = 4 * covariance.square().sum().item() / max(mean, 1e-30)
+    rng = np.random.default_rng(0)
     shuffled = np.sqrt(rng.gamma(mean / max(scale, 1e-30), scale, (draws, n // 2)))
     by_chance = max(standing(row).max() for row in shuffled)
-    times = standing(spectrum(W).numpy())
+    plain = spectrum(W).numpy()
+    times = standing(plain)
     windowed = standing(spectrum(W * torch.hann_window(n)[:, None]).numpy())
     for k in np.flatnonzero(windowed > by_chance):
         if times[max(0, k - 2):k + 3].max() <= by_chance:  # not found yet
             times[k] = windowed[k]
-    found = times > by_chance
-    return np.flatnonzero(found) + 1, times[found], by_chance, spectrum(W).numpy(), shuffled
+    found = np.flatnonzero(times > by_chance)
+    return found + 1, times[found], by_chance, plain, shuffled
 
 
 # ---------------------------------------------------------------- waves of the targets, over all p^2 inputs
@@ -357,6 +356,7 @@ def neurons(m):
     out['moduli q carried'] = len(freqs[has, 0].unique())
 
     k_share, k_best = best_frequency(dft, total)
+    k_share = k_share * alive
     own = inter.clamp(min=1e-30)
     wave_share, wave_best = (single_waves(parts['products'], m.p, m.solver) / own).max(0)
     sum_share = (single_waves(parts['products'], m.p, m.solver, kinds=2) / own).amax(0)
