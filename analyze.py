@@ -5,11 +5,12 @@
     python analyze.py --report                    # the table of all the runs there
     python analyze.py --embedding numbers.npy     # any matrix with a row per number: periods that stand out
 
-In a notebook: run = load_run('assets/nanda'); logits, acts = run.forward(); numbers, arrays = run.analysis
-A part of a network is a function that returns a dict; PARTS lists them. Every number stands beside
-its null, that of the same weights at initialisation.
+In a notebook: run = load_run('assets/nanda'); logits, acts = run.forward(); numbers, arrays = run.analysis A
+part of a network is a function that returns a dict; PARTS lists them. Beside each number stands its null, the
+same number before training. At the end: what train.py says of a run, and the table of all runs.
 """
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -99,9 +100,9 @@ def by_discrete_log(p):
             return torch.tensor(powers)
 
 
-def threshold(spectrum):
+def threshold(norms):
     """mean + 2 sd of each column, (n, F) -> (F,): the paper's bar for an active frequency."""
-    return spectrum.mean(0) + 2 * spectrum.std(0)
+    return norms.mean(0) + 2 * norms.std(0)
 
 
 def gini(x):
@@ -116,20 +117,20 @@ def effective(power):
 
 
 def outliers(W, draws=100):
-    """The periods that stand out of the spectrum over the rows of W (n, D), straight lines taken out.
+    """The frequencies that stand out of the spectrum over the rows of W (n, D), straight lines taken out.
 
-    A local maximum stands out if it is more times the median of the eleven values around it than any in some
-    spectra of shuffled rows. Those are drawn by their closed form: power is a sum of squared normal numbers,
-    about gamma. A Hann window shows weak periods beside strong ones that are no whole frequency, no window
-    those close to another. k = 1 is left out: a trend has it.
+    The height of a local maximum is its ratio to the median of the eleven values around it. It stands out if
+    it is higher than any in some spectra of shuffled rows; these are drawn by their closed form, the root of
+    a gamma variable. A second look, through a Hann window, finds weak waves that the leakage of strong ones
+    hides. k = 1 is left out: a trend has it.
 
-    -> k (P,), their times (P,), the most by chance, spectrum (n//2,), spectra of shuffled rows (draws, n//2)
+    -> k (P,), heights (P,), the highest by chance, spectrum (n//2,), spectra of shuffled rows (draws, n//2)
     """
-    def standing(x):
+    def heights(x):
         around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
         beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
-        times = x / np.maximum(np.median(around, 1), 1e-30)
-        return np.where((x > beside) & (np.arange(len(x)) > 0), times, 0)
+        ratio = x / np.maximum(np.median(around, 1), 1e-30)
+        return np.where((x > beside) & (np.arange(len(x)) > 0), ratio, 0)
 
     n = len(W)
     line = torch.linalg.qr(torch.stack([torch.ones(n), torch.linspace(-1, 1, n)], 1)).Q
@@ -139,15 +140,15 @@ def outliers(W, draws=100):
     scale = 4 * covariance.square().sum().item() / max(mean, 1e-30)
     rng = np.random.default_rng(0)
     shuffled = np.sqrt(rng.gamma(mean / max(scale, 1e-30), scale, (draws, n // 2)))
-    by_chance = max(standing(row).max() for row in shuffled)
+    by_chance = max(heights(row).max() for row in shuffled)
     plain = spectrum(W).numpy()
-    times = standing(plain)
-    windowed = standing(spectrum(W * torch.hann_window(n)[:, None]).numpy())
+    height = heights(plain)
+    windowed = heights(spectrum(W * torch.hann_window(n)[:, None]).numpy())
     for k in np.flatnonzero(windowed > by_chance):
-        if times[max(0, k - 2):k + 3].max() <= by_chance:  # not found yet
-            times[k] = windowed[k]
-    found = np.flatnonzero(times > by_chance)
-    return found + 1, times[found], by_chance, plain, shuffled
+        if height[max(0, k - 2):k + 3].max() <= by_chance:  # not found yet
+            height[k] = windowed[k]
+    found = np.flatnonzero(height > by_chance)
+    return found + 1, height[found], by_chance, plain, shuffled
 
 
 # ---------------------------------------------------------------- waves of the targets, over all p^2 inputs
@@ -209,13 +210,13 @@ def decompose(neurons, p, solver):
                             entries can be negative, or more than there is
     products     (4B, F)    with the interactions of the waves, for `single_waves`
     """
-    waves, _, inv = solver
+    of_waves, _, inv = solver
     variance = neurons.var(0, correction=0)
     alive = variance > 1e-10 * neurons.square().mean(0)
     inter = interactions(neurons, p)
     interaction = inter.square().mean(0) * alive
     interaction = interaction * (interaction > 1e-6 * variance)
-    b = waves @ (inter * (interaction > 0))                                              # 4B F
+    b = of_waves @ (inter * (interaction > 0))                                              # 4B F
     power = (b * (inv @ b)).view(2, 2, -1, b.shape[1]).sum(1) / p ** 2
     return dict(alive=alive, variance=variance * alive, interaction=interaction, waves=power, products=b)
 
@@ -294,7 +295,8 @@ def carried(share, p):
 
 # ---------------------------------------------------------------- the parts of a network
 # m is a network at one moment: net, d (data), p, rows (train, valid, test), logits (p^2, columns), acts, and
-# solver, key, tau (see `measure`). F neurons, of each operation by themselves. A number's key is its label.
+# solver, key, tau (see `measure`). A number, or a short list of numbers, goes into the printed table under
+# its name; a tensor goes into analysis.npz. The neurons of each operation stand side by side: F in all.
 
 def embedding(m):
     """W_E of the digits (p, D): singular values, p-DFT over the digits (figures 8 to 13 of the paper)."""
@@ -316,7 +318,7 @@ def positions(m):
     """Pearson correlation of the embeddings of the two digit positions (figure 7); 0 where it has none."""
     a, b = m.net.W_pos[:2] - m.net.W_pos[:2].mean(1, keepdim=True)
     correlation = a @ b / (a.norm() * b.norm()).clamp(min=1e-30)
-    return {'W_pos correlation': correlation.item(), 'W_pos': m.net.W_pos.clone()}
+    return {'W_pos correlation': correlation.item(), 'W_pos': m.net.W_pos}
 
 
 def attention(m):
@@ -386,9 +388,9 @@ def polynomials(m):
     """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U in the Fourier
     basis over the residues and over their discrete logarithms, whose length is p-1 (Furuta et al. 2024).
 
-    Beside FFD and FCR are those of a Gaussian matrix. W_E is sparsest about the residue z whose rows z+1,
-    z+2, .. in the order of the logarithms of 1, 2, .. have the highest Gini: 0 for a product, p-1 for
-    (a+1)(b+1).
+    Beside FFD and FCR are those of a Gaussian matrix. A product of a - z and b - z is one of logarithms of n
+    - z, so we look for the residue z about which W_E is sparsest: the order of its rows n by the logarithm of
+    n - z that has the highest Gini. That is z = 0 for ab, p-1 for (a+1)(b+1).
     """
     out, by_log = {}, by_discrete_log(m.p)
     for name, W in dict(W_E=m.net.W_E[:m.p], W_L=(m.net.W_out @ m.net.W_U).T).items():   # p D, p F
@@ -427,10 +429,10 @@ def mechanism(m):
     """How a network adds modulo p, from its logits (Nanda et al. 2023, sections 4 and 5).
 
     profile (p,): the centred logits as a function of x0 + x1 - c, mean over the inputs. fit (p//2,): share of
-    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %. Beside their sum that
-    of as many others, the mean: a table of the training rows has the same in all. Restricted loss: of the
-    projection on the key waves in x0 + x1 and on the mean, over all inputs. Excluded loss: without the key
-    waves, over the training rows.
+    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %. Beside their sum
+    stands what as many of the others have on average; a mere table of the training rows has as much there.
+    Restricted loss: of the projection on the key waves in x0 + x1 and on the mean, over all inputs. Excluded
+    loss: without the key waves, over the training rows.
     """
     p, logits = m.p, m.logits
     s = (m.d.x[:, 0] + m.d.x[:, 1]) % p
@@ -480,7 +482,8 @@ def components(net, x):
 
 
 def unseen(m):
-    """`components` and targets of the validation and test rows, as many as fit into memory."""
+    """`components` and targets of the validation and test rows, of so many that logits take 800 MB at
+    most."""
     x, y = m.d.part(torch.cat(m.rows[1:])[:int(2e8 / sum(m.d.classes))])
     return components(m.net, x), y.flatten()
 
@@ -542,7 +545,7 @@ def filters(m, draws=3):
 
     def scores(of_attention, of_mlp):
         mid = start + heads @ of_attention
-        written = (mid @ net.W_in).relu() @ net.W_out
+        written = net.activation(mid @ net.W_in) @ net.W_out
         return errors((mid + written @ of_mlp) @ net.W_U, y, modulus)
 
     out = {'tau, the highest low frequency': m.tau, 'filtered: nothing': scores(everything, everything)}
@@ -596,10 +599,13 @@ class Run(SimpleNamespace):
     def analysis(self):
         """numbers, arrays: those in the folder if newer than the run and this file, else by `analyse`."""
         folder = self.to or self.path
-        files = [folder / 'analysis.json', folder / 'analysis.npz', self.path / 'ckpt.pt', Path(__file__)]
-        times = [file.stat().st_mtime for file in files if file.exists()]
-        if len(times) == 4 and min(times[:2]) >= max(times[2:]):
-            return json.loads(files[0].read_text()), arrays_in(files[1])
+        made = folder / 'analysis.json'
+        newest = max(file.stat().st_mtime for file in (self.path / 'ckpt.pt', Path(__file__)))
+        with contextlib.suppress(OSError, ValueError, KeyError, data.Refusal):  # none yet, or a damaged one
+            numbers = json.loads(made.read_text())
+            of_this = (numbers['config'], numbers['epoch']) == (self.config, self.epoch) and not self.tau
+            if of_this and made.stat().st_mtime >= newest:
+                return numbers, arrays_in(folder / 'analysis.npz')
         say(f'{self.path}: no up-to-date analysis yet, making one')
         return analyse(self)
 
@@ -634,11 +640,9 @@ def load_run(path, to=None, tau=0):
     ckpt = load(path / 'ckpt.pt')
     o = ckpt['config']
     epoch = ckpt['step']
-    files = sorted(path.glob('snapshots/*.pt'))
-    snapshots = {int(file.stem): load(file, ('model', 'step'))['model'] for file in files}
-    snapshots = {e: w for e, w in snapshots.items() if e <= epoch}  # a killed run can have later ones
     records = arrays_in(path / 'metrics.npz')
     shipped = arrays_in(path / 'snapshots.npz')
+    snapshots = [load(file, ('model', 'step')) for file in sorted(path.glob('snapshots/*.pt'))]
     try:
         d = data.make(o['task'], o['p'], o['data_seed'])
         rows = data.split(len(d.y), o['train_frac'], o['data_seed'])
@@ -646,6 +650,8 @@ def load_run(path, to=None, tau=0):
             torch.manual_seed(o['seed'])  # train.py starts there
             net = network(o, d).requires_grad_(False)
         start = {name: w.clone() for name, w in net.state_dict().items()}
+        snapshots = {snap['step']: snap['model'] for snap in snapshots}
+        snapshots = {e: w for e, w in snapshots.items() if e <= epoch}  # a killed run can have later ones
         for weights in (*snapshots.values(), ckpt['model']):
             net.load_state_dict(weights)
             need(all(w.isfinite().all() for w in weights.values()), 'weights that are not finite')
@@ -670,21 +676,28 @@ def load_run(path, to=None, tau=0):
 
 @torch.no_grad()
 def measure(run, weights, moment, solver, key=None):
-    """All PARTS for the weights of one moment: numbers and short lists, arrays. key: not its own frequencies."""
+    """All PARTS for the weights of one moment: numbers and short lists, arrays. key: not its own
+    frequencies."""
     logits, acts = run.forward(weights)
     d, p = run.data, run.p
     tau = run.tau or max(1, round(50 / 260 * (d.classes[0] // 2)))  # that of Zhou et al. 2024
     m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
                         key=key, tau=tau)
-    mod_p = set(d.classes) == {p}
     sums = (d.x[:, 0] + d.x[:, 1]) % p
-    one_sum = mod_p and len(d.names) == 1 and torch.equal(d.y[:, 0], sums)
-    kinds = {'any': True, 'waves': solver is not None, 'mod p': mod_p, 'one sum': one_sum,
-             'one set of classes': len(set(d.classes)) == 1}
-    numbers, arrays = {}, {}
+    one_set = len(set(d.classes)) == 1 and len(d.names) == d.n_ops  # in the same logits
+    mod_p = one_set and d.classes[0] == p
+    one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
+    kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
+             'one sum': one_sum}
+    numbers = {}
+    arrays = {}
     for part, (kind, moments) in PARTS.items():
-        for name, value in part(m).items() if kinds[kind] and moment in moments else ():
-            (arrays if isinstance(value, torch.Tensor) else numbers)[name] = value
+        if kinds[kind] and moment in moments.split():
+            for name, value in part(m).items():
+                if isinstance(value, torch.Tensor):
+                    arrays[name] = value.clone()  # the next weights go into the same memory
+                else:
+                    numbers[name] = value
     return numbers, arrays
 
 
@@ -710,8 +723,9 @@ def analyse(run):
     """All there is to say of a run: numbers, arrays; written into the folder run.to if there is one."""
     fast_cpu()
     d, solver = run.data, None
-    most = d.classes[0] // 2 if len(set(d.classes)) == 1 else 1
-    need(run.tau < most, f'--tau {run.tau}: the classes of {run.path} have frequencies up to {most}')
+    highest = d.classes[0] // 2 if len(set(d.classes)) == 1 else 0
+    need(not run.tau or highest, f'--tau is for tasks of one set of classes, and {run.path} has several')
+    need(run.tau < (highest or 1), f'--tau must be below {highest}, the highest frequency over the classes')
     try:
         solver = solver_for(run.p, d) if d.modular else None
     except data.Refusal as e:
@@ -764,13 +778,16 @@ def table(numbers):
         if not name.startswith('filtered'):
             then = f' (at initialisation {show(initial[name])})' if name in initial else ''
             lines.append(f'{name}: {show(value)}{then}')
-    return '\n'.join(lines + [aligned([['', *SCORES], *filtered])] * bool(filtered))
+    if filtered:
+        lines.append(aligned([['', *SCORES], *filtered]))
+    return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------- what runs came to
 
 def grok_epochs(acc, final):
-    """First epoch with accuracy >= 0.99, and the first from which it stays there, or None. acc (E,), `final`."""
+    """First epoch with accuracy >= 0.99, and the first from which it stays there, or None. acc (E,),
+    `final`."""
     up = np.append(acc, final) >= 0.99
     down = np.flatnonzero(~up)
     held = down[-1] + 1 if len(down) else 0
@@ -797,7 +814,10 @@ def scores(d, logits, parts, task_weight, valid_acc):
             task |= {f'{part}_loss': loss[i].item(), f'{part}_acc': acc[i].item()}
         if not d.modular:
             tasks[0][f'{part}_errors'] = errors(z, y[:, 0])
-    seen, unseen = (task_losses(z[rows], y[rows], d.classes)[1].tolist() for rows in (swapped, ~swapped))
+
+    def accuracies(rows):
+        return task_losses(z[rows], y[rows], d.classes)[1].tolist() if rows.any() else [None] * len(tasks)
+    seen, unseen = accuracies(swapped), accuracies(~swapped)
     for i, task in enumerate(tasks):
         task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
         grid = d.y[:, i].view(p, p)
@@ -809,8 +829,8 @@ def scores(d, logits, parts, task_weight, valid_acc):
 def score_table(tasks):
     """The same as text."""
     columns = dict(train_acc='train acc', valid_acc='valid acc', test_acc='test acc',
-                   grok_epoch='valid acc .99 from epoch', grok_epoch_sustained='for good',
-                   test_acc_swapped_seen='test acc, b a trained', test_acc_swapped_unseen='b a not trained')
+                   grok_epoch='valid .99 from epoch', grok_epoch_sustained='for good',
+                   test_acc_swapped_seen='test if b,a is trained', test_acc_swapped_unseen='if it is not')
     columns = {name: title for name, title in columns.items() if any(name in task for task in tasks)}
     rows = [['task', *columns.values()]]
     rows += [[task['name'], *(task.get(name) for name in columns)] for task in tasks]
@@ -818,13 +838,14 @@ def score_table(tasks):
     solved = f'{sum(task["valid_acc"] == 1 for task in tasks)} of {len(tasks)} at 1.0'
     rows.append(['mean', *accs, solved, *[''] * (len(columns) - 4)])
     if 'test_errors' in tasks[0]:
-        errors = [['', *SCORES], *([part, *tasks[0][f'{part}_errors']] for part in ('valid', 'test'))]
-        return f'\n{aligned(rows)}\n\n{aligned(errors)}'
+        how_far = [['', *SCORES], *([part, *tasks[0][f'{part}_errors']] for part in ('valid', 'test'))]
+        return f'\n{aligned(rows)}\n\n{aligned(how_far)}'
     return f'\n{aligned(rows)}'
 
 
 def rank(root, settings, folders):
-    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the ten best as text."""
+    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the ten best as
+    text."""
     rows = []
     for setting, folder in zip(settings, map(Path, folders)):
         summary = folder / 'summary.json'
@@ -885,7 +906,7 @@ def collect(run):
     new |= dict(note='', config=s['config'] | dict(out=''), changed=s['changed'])
     with data.claim(RESULTS.parent, wait=True):
         runs = {(command(r), r['config']['seed'], r['config']['data_seed']): r for r in [*results(), new]}
-        lines = ',\n'.join(json.dumps(runs[key]) for key in sorted(runs))
+        lines = ',\n'.join(json.dumps(runs[key], separators=(',', ':')) for key in sorted(runs))
         write(RESULTS, lambda f: f.write(f'[\n{lines}\n]\n'.encode()))
 
 
@@ -896,7 +917,7 @@ def report():
 
     def latest(key):
         never = float('inf')
-        return lambda r: show(max((task[key] for task in r['tasks']), key=lambda e: never if e is None else e))
+        return lambda r: show(max((t[key] for t in r['tasks']), key=lambda e: never if e is None else e))
 
     def solved(r):
         return f'{sum(task["valid_acc"] == 1 for task in r["tasks"])}/{len(r["tasks"])}'

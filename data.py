@@ -89,7 +89,7 @@ def make(task, p, seed=0, device='cpu'):
         y = y[torch.randperm(len(y), generator=generator)]
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
     need(in_loss.any(), f'task {task} leaves nothing to train on at p = {p}')
-    stride = dict(nanda=1, add=0).get(task, p if task in TASKS else 1)
+    stride = dict(miiii=p, basis=p, masked=p, add=0).get(task, 1)
     n_ops = 1 if task in TASKS else len(names)
     op = p + torch.arange(n_ops).repeat(p * p)
     x = torch.stack([x0.repeat_interleave(n_ops), x1.repeat_interleave(n_ops), op], 1)

@@ -25,7 +25,7 @@ FAN_IN = dict(he=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD', W_U='QD')
 
 class Transformer(nn.Module):
     """n_ops operation tokens beside p digits; the logits of all tasks side by side in n_classes columns."""
-
+    activation = staticmethod(F.relu_)  # of the MLP; in place, for memory
     def __init__(self, p, d_model, n_heads, n_classes, n_ops=1, n_tasks=1, init='he'):
         super().__init__()
         V, D, H, K = p + n_ops, d_model, n_heads, d_model // n_heads
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
             mixed = (att[..., None] * v).sum(1).flatten(1)                       # N D, heads side by side
             z = F.embedding(x[:, 2], table[2])                                   # N D
         mid = (z + mixed @ self.W_O.flatten(0, 1)) * drop[0]                     # N D
-        neurons = (mid @ self.W_in).relu_()                                      # N F
+        neurons = self.activation(mid @ self.W_in)                               # N F
         post = (mid + neurons @ self.W_out) * drop[1]                            # N D
         if acts is not None:
             acts.update(att=att, resid_mid=mid, neurons=neurons, resid_post=post)

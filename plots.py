@@ -34,7 +34,7 @@ BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told a
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 8.5, 'legend.fontsize': 7,
          'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 120,
          'image.cmap': 'cividis', 'figure.constrained_layout.use': True, 'lines.linewidth': 1.2}
-FIGURES = {}  # name: function, the runs that it takes: none, one or any number
+FIGURES = {}  # name: function, what it takes: no run (none), one, any number, or a file
 
 
 def figure(takes):
@@ -45,7 +45,7 @@ def figure(takes):
             with plt.rc_context(STYLE):
                 fig = draw(*runs)
                 of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}. ' for run in runs if takes == 'one']
-                text = ' '.join(draw.__doc__.split()).removesuffix('.')
+                text = ' '.join((draw.__doc__ or draw.__name__).split()).removesuffix('.')
                 fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 104))
                 return fig
         FIGURES[draw.__name__] = drawn, takes
@@ -142,9 +142,10 @@ def polar():
 
 
 @figure('none')
-def inputs(p=11):
+def inputs():
     """Figure 2: the inputs at p = 11, a cell for each pair; the area of its squares is the digit, x0 left, x1
     right."""
+    p = 11
     x = data.make('nanda', p).x[:, :2].view(p, p, 2)                                     # x1 x0 digit
     fig, ((ax,),) = panels(1, 1, 4.2)
     hinton(ax, x.transpose(0, 1).reshape(p, 2 * p), 2 * p, xlabel='x1', ylabel='x0', yticks=range(p))
@@ -156,9 +157,9 @@ def inputs(p=11):
 
 
 @figure('none')
-def targets(p=11):
+def targets():
     """Figure 3: the right answers at p = 11, where n = x0 + 11 x1; the area of a square is the answer."""
-    tasks = []
+    p, tasks = 11, []
     for task in ('miiii', 'nanda'):
         d = data.make(task, p)
         tasks += zip(d.names, d.y.T)
@@ -275,7 +276,6 @@ def waves(run):
     fig, ((ax,),) = panels(1, 1, 2.3 if one else 4.4)
     share = a['wave_shares'][0]
     draw_waves(ax, run, share, share.max())
-    mark = 'Blue and numbered' if one else 'Area: share. Filled'
     return fig
 
 
@@ -547,7 +547,7 @@ def neurons(*runs):
 
 @figure('any')
 def attention(*runs):
-    """How much the last token attends x0, for the first digits. Above each head its mean attention to x0 less
+    """How much the last token attends x0. Above each head its mean attention to x0 less
     that to x1: +1 looks at x0 alone, −1 at x1 alone."""
     heads = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
     rows = [(run, operation) for run in runs for operation in range(run.data.n_ops)]
@@ -561,10 +561,9 @@ def attention(*runs):
         for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'][o::n_ops], scores)):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
             ax.set_title(f'head {h}: {score:+.2f}', fontsize=8 if heads <= 4 else 6)
-            ax.set_xlabel('x1')
+            ax.set_xlabel('x1' if run.p <= CORNER else f'x1, the first {CORNER} of {run.p}')
         row[0].set_ylabel(f'{rows_of(run)[o] if n_ops > 1 else name_of(run)}\nx0')
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
-    shown = min(CORNER, max(run.p for run in runs))
     return fig
 
 
@@ -581,7 +580,9 @@ def density(*runs):
         for ax, measure in zip(right, ('FFD', 'FCR')):
             lines = {matrix: a[f'snapshot_{matrix} {measure}'] for matrix in ('W_E', 'W_L')}
             log_lines(ax, epochs, lines, title=measure)
-            ax.axhline(run.final[f'W_E {measure}, Gaussian'], c=GREY, ls=':', label='Gaussian numbers')
+            for matrix, colour in (('W_E', BLUE), ('W_L', ORANGE)):
+                null = run.final[f'{matrix} {measure}, Gaussian']
+                ax.axhline(null, c=colour, ls=':', lw=0.8, label=f'Gaussian, as large as {matrix}')
             ax.legend()
         for ax in (left, *right):
             ax.set_ylim(-0.05, 1.1)
@@ -619,12 +620,26 @@ def draw_file(file, draw, *args):
     try:
         fig = draw(*args)
     except KeyError as e:
-        say(f'note: {file.name} not drawn: no {e} in {" and ".join(str(run.path) for run in args)}')
+        say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}')
         return False
     for kind in ('svg', 'png'):
-        write(file.with_suffix(f'.{kind}'), lambda f: fig.savefig(f, format=kind))
+        write(file.with_suffix(f'.{kind}'), lambda f: fig.savefig(f, format=kind, dpi=STYLE['savefig.dpi']))
     plt.close(fig)
     say(file.with_suffix('.png'))
+    return True
+
+
+def draw_gif(file, run, what):
+    """The same for an animation, as file.gif."""
+    try:
+        with plt.rc_context(STYLE), tempfile.TemporaryDirectory() as beside:
+            animate(run, what).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
+            write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
+    except KeyError as e:
+        say(f'note: {file.name} not drawn: no {e} in {run.path}')
+        return False
+    plt.close('all')
+    say(file)
     return True
 
 
@@ -641,6 +656,7 @@ def main(argv):
     option('--animate', choices=('waves', 'embedding'), help='also a GIF through training')
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
+    need(args.runs or not args.animate, '--animate needs a run folder')
     paths = map(Path, args.runs)
     runs = [analyze.load_run(path, Path(args.to, path.name) if args.to else path) for path in paths]
     jobs = []  # folder, name, figure, what it takes
@@ -651,15 +667,12 @@ def main(argv):
             jobs += [('out', name, draw)] * (takes == 'none' and args.data)
     if args.embedding:
         jobs.append(('out', f'embedding_{Path(args.embedding).stem}', spectrum, args.embedding))
-    need(jobs, f'{args.only} needs {"a run folder" if args.data else "--data"}')
+    what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
+    need(jobs, f'{args.only} needs {what[FIGURES[args.only][1]] if args.only else "--data"}')
     drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
-    for run in runs if args.animate else ():
-        file = Path(run.to, 'figures', f'{args.animate}.gif')
-        with plt.rc_context(STYLE), tempfile.TemporaryDirectory() as beside:
-            animate(run, args.animate).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
-            write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
-        say(file)
-    need(any(drawn) or args.animate, 'nothing drawn')
+    if args.animate:
+        drawn += [draw_gif(Path(run.to, 'figures', f'{args.animate}.gif'), run, args.animate) for run in runs]
+    need(any(drawn), 'nothing drawn')
 
 
 if __name__ == '__main__':

@@ -97,7 +97,7 @@ RANK, WORLD = int(TORCHRUN.get('RANK', 0)), int(TORCHRUN.get('WORLD_SIZE', 1))
 
 
 def recipe(preset, task):
-    kind = task if task in ('nanda', 'add') else 'miiii' if task in data.TASKS else 'formula'
+    kind = dict(miiii='miiii', basis='miiii', masked='miiii', nanda='nanda', add='add').get(task, 'formula')
     return DEFAULTS | PRESETS[preset][kind]
 
 
@@ -231,7 +231,7 @@ def train(o):
         solver = [matrix.to(o.device) for matrix in analyze.solver_for(o.p, d)]
         n_spectra, one = -(-o.epochs // o.spectra_every), analyze.spectra_of(model, d, solver, bfloat16)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
-    epoch, wall = 0, 0.0
+    epoch, wall = 0, 0.0  # what a step changes, save and restore must name
 
     def save():
         """First metrics.npz, then ckpt.pt: if killed in between, there are records up to the checkpoint."""
