@@ -5,9 +5,10 @@
     python analyze.py --report                    # the table of all the runs there
     python analyze.py --embedding numbers.npy     # any matrix with a row per number: periods that stand out
 
-In a notebook: run = load_run('assets/nanda'); logits, acts = run.forward(); numbers, arrays = run.analysis A
-part of a network is a function that returns a dict; PARTS lists them. Beside each number stands its null, the
-same number before training. At the end: what train.py says of a run, and the table of all runs.
+In a notebook: run = load_run('assets/nanda'); logits, acts = run.forward(); numbers, arrays = run.analysis.
+
+A part of a network is a function that returns a dict; PARTS lists them. Beside each number stands its null,
+the same number before training. At the end: what train.py says of a run, and the table of all runs.
 """
 import argparse
 import contextlib
@@ -66,12 +67,6 @@ def cos_sin(W):
     return torch.stack([z.real, -z.imag])
 
 
-def fourier(W):
-    """The same with the constant, in the order const, cos 1, sin 1, cos 2, sin 2, ...: (n, D)."""
-    constant = W.mean(0, keepdim=True) * len(W) ** 0.5
-    return torch.cat([constant, cos_sin(W).transpose(0, 1).flatten(0, 1)])[:len(W)]
-
-
 def spectrum(W):
     """How much of each frequency 1 .. n//2 the columns of W (n, D) have over the rows: (n//2,)."""
     return cos_sin(W).norm(dim=(0, 2))
@@ -116,39 +111,58 @@ def effective(power):
     return (power.sum() ** 2 / power.square().sum().clamp(min=1e-30)).item()
 
 
+def heights(x):
+    """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, else
+    0. The first is left out: any trend has it."""
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
+    beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
+    ratio = x / np.maximum(np.median(around, 1), 1e-30)
+    return np.where((x > beside) & (np.arange(len(x)) > 0), ratio, 0)
+
+
 def outliers(W, draws=100):
     """The frequencies that stand out of the spectrum over the rows of W (n, D), straight lines taken out.
 
-    The height of a local maximum is its ratio to the median of the eleven values around it. It stands out if
-    it is higher than any in some spectra of shuffled rows; these are drawn by their closed form, the root of
-    a gamma variable. A second look, through a Hann window, finds weak waves that the leakage of strong ones
-    hides. k = 1 is left out: a trend has it.
+    The highest of `heights` stands out if noise with the covariance of the columns has nothing as high in
+    some draws; their power is a gamma variable. Its wave, at the frequency between whole ones that explains
+    most, is taken out with those found before, and the search goes on, so that weak waves are found beside
+    strong ones.
 
-    -> k (P,), heights (P,), the highest by chance, spectrum (n//2,), spectra of shuffled rows (draws, n//2)
-    """
-    def heights(x):
-        around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
-        beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
-        ratio = x / np.maximum(np.median(around, 1), 1e-30)
-        return np.where((x > beside) & (np.arange(len(x)) > 0), ratio, 0)
-
+    -> frequencies (P,), their heights (P,), the highest by chance, spectrum (n//2,), those of noise (draws,
+    n//2) """
     n = len(W)
-    line = torch.linalg.qr(torch.stack([torch.ones(n), torch.linspace(-1, 1, n)], 1)).Q
-    W = W - line @ (line.T @ W)
-    covariance = W.T @ W / n
+    row = torch.arange(n, dtype=torch.float64)[:, None]
+
+    def without_waves(frequencies):
+        phase = 2 * torch.pi / n * row * torch.tensor(frequencies, dtype=torch.float64)
+        taken = torch.cat([torch.ones(n, 1), row - n / 2, phase.cos(), phase.sin()], 1)
+        basis = torch.linalg.qr(taken).Q.float()
+        return W - basis @ (basis.T @ W)
+
+    left = without_waves([])
+    plain = spectrum(left).numpy()
+    covariance = left.T @ left / n
     mean = 2 * covariance.trace().item()
     scale = 4 * covariance.square().sum().item() / max(mean, 1e-30)
-    rng = np.random.default_rng(0)
-    shuffled = np.sqrt(rng.gamma(mean / max(scale, 1e-30), scale, (draws, n // 2)))
-    by_chance = max(heights(row).max() for row in shuffled)
-    plain = spectrum(W).numpy()
-    height = heights(plain)
-    windowed = heights(spectrum(W * torch.hann_window(n)[:, None]).numpy())
-    for k in np.flatnonzero(windowed > by_chance):
-        if height[max(0, k - 2):k + 3].max() <= by_chance:  # not found yet
-            height[k] = windowed[k]
-    found = np.flatnonzero(height > by_chance)
-    return found + 1, height[found], by_chance, plain, shuffled
+    power = np.random.default_rng(0).gamma(mean / max(scale, 1e-30), scale, (draws, n // 2))
+    by_chance = max(heights(noise).max() for noise in np.sqrt(power))
+    found, high = [], []
+    while left.norm() > 1e-4 * W.norm():  # the rest is rounding
+        k = np.arange(1, n // 2 + 1)
+        for f in found:
+            k = k[abs(k - f) > 1.5]  # its own hole
+        height = heights(spectrum(left).numpy()[k - 1])
+        if height.max() <= by_chance:
+            break
+        f = k[height.argmax()]
+        for step in 0.1 / 5.0 ** np.arange(4):
+            tried = f + step * np.arange(-7, 8)
+            f = min(tried, key=lambda g: without_waves([*found, g]).norm())
+        found.append(f)
+        high.append(height.max())
+        left = without_waves(found)
+    order = np.argsort(found)
+    return np.array(found)[order], np.array(high)[order], by_chance, plain, np.sqrt(power)
 
 
 # ---------------------------------------------------------------- waves of the targets, over all p^2 inputs
@@ -303,6 +317,8 @@ def embedding(m):
     W = m.net.W_E[:m.p]
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
     norms, out = spectrum(W), {}
+    constant = W.mean(0, keepdim=True) * m.p ** 0.5
+    waves = cos_sin(W).transpose(0, 1).flatten(0, 1)  # cos 1, sin 1, cos 2, sin 2, ..
     for of, values in (('', S), (' of variance', S.square())):
         for share in (50, 90):
             below = values.cumsum(0) < share / 100 * values.sum()
@@ -311,7 +327,8 @@ def embedding(m):
     out['W_E effective frequencies'] = effective(norms.square())
     out['W_E Gini'] = gini(norms)
     out['W_E periods that stand out'] = (m.p / outliers(W)[0]).tolist()
-    return out | dict(singular_values=S, left_vectors=U, W_E_fourier=fourier(W), W_E_norms=norms)
+    out['W_E_fourier'] = torch.cat([constant, waves])[:m.p]
+    return out | dict(singular_values=S, left_vectors=U, W_E_norms=norms)
 
 
 def positions(m):
@@ -388,13 +405,16 @@ def polynomials(m):
     """Targets mod p: W_E of the digits and the map from neurons to logits W_L = W_out W_U in the Fourier
     basis over the residues and over their discrete logarithms, whose length is p-1 (Furuta et al. 2024).
 
-    Beside FFD and FCR are those of a Gaussian matrix. A product of a - z and b - z is one of logarithms of n
-    - z, so we look for the residue z about which W_E is sparsest: the order of its rows n by the logarithm of
-    n - z that has the highest Gini. That is z = 0 for ab, p-1 for (a+1)(b+1).
+    Beside FFD and FCR are those of Gaussian matrices of the same shapes. A product of a - z and b - z is one
+    of logarithms of n - z, so we look for the residue z about which W_E is sparsest: the order of its rows n
+    by the logarithm of n - z that has the highest Gini. That is z = 0 for ab, p-1 for (a+1)(b+1).
     """
     out, by_log = {}, by_discrete_log(m.p)
     for name, W in dict(W_E=m.net.W_E[:m.p], W_L=(m.net.W_out @ m.net.W_U).T).items():   # p D, p F
-        null = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+        g = torch.Generator().manual_seed(0)
+        null = torch.randn(m.p, m.net.W_E.shape[1], generator=g)
+        if name == 'W_L':  # a product, too
+            null = null @ torch.randn(len(m.net.W_U), W.shape[1], generator=g)
         out[f'{name} FFD'], out[f'{name} FCR'] = density_and_ratio(W)
         out[f'{name} FFD, Gaussian'], out[f'{name} FCR, Gaussian'] = density_and_ratio(null)
         for rows, key, by in ((W, name, ''), (W[by_log], f'{name}_mult', ' by logarithm')):
@@ -429,7 +449,8 @@ def mechanism(m):
     """How a network adds modulo p, from its logits (Nanda et al. 2023, sections 4 and 5).
 
     profile (p,): the centred logits as a function of x0 + x1 - c, mean over the inputs. fit (p//2,): share of
-    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %. Beside their sum
+    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %,
+    and three times the lower quartile. Beside their sum
     stands what as many of the others have on average; a mere table of the training rows has as much there.
     Restricted loss: of the projection on the key waves in x0 + x1 and on the mean, over all inputs. Excluded
     loss: without the key waves, over the training rows.
@@ -443,7 +464,8 @@ def mechanism(m):
     profile = centred.gather(1, (s[:, None] - c) % p).mean(0)
     amplitude = torch.fft.rfft(profile).real[1:] * 2 / p
     fit = amplitude.square() / 2 / centred.square().mean().clamp(min=1e-30)
-    key = k[fit > 0.01] if m.key is None else torch.tensor(m.key, dtype=torch.long)
+    bar = max(0.01, 3 * fit.quantile(0.25).item())  # a mere table has as much in all
+    key = k[fit > bar] if m.key is None else torch.tensor(m.key, dtype=torch.long)
     in_key = fit[key - 1].sum()
     phase = 2 * torch.pi / p * (s[:, None] * key % p)
     basis = torch.cat([phase.cos(), phase.sin()], 1) * (2 / p ** 2) ** 0.5               # p^2 2n, orthonormal
@@ -603,7 +625,7 @@ class Run(SimpleNamespace):
         newest = max(file.stat().st_mtime for file in (self.path / 'ckpt.pt', Path(__file__)))
         with contextlib.suppress(OSError, ValueError, KeyError, data.Refusal):  # none yet, or a damaged one
             numbers = json.loads(made.read_text())
-            of_this = (numbers['config'], numbers['epoch']) == (self.config, self.epoch) and not self.tau
+            of_this = all(numbers[key] == getattr(self, key) for key in ('config', 'epoch', 'tau'))
             if of_this and made.stat().st_mtime >= newest:
                 return numbers, arrays_in(folder / 'analysis.npz')
         say(f'{self.path}: no up-to-date analysis yet, making one')
@@ -738,7 +760,8 @@ def analyse(run):
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
     arrays |= over_snapshots(run, solver, key) if run.snapshots else run.shipped
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial)
+    numbers = dict(config=run.config, epoch=run.epoch, tau=run.tau, final=final, initial=initial)
+    run.net.load_state_dict(run.weights)
     if run.to:
         write(run.to / 'analysis.npz', lambda f: np.savez(f, **arrays))
         write(run.to / 'analysis.json', lambda f: f.write(json.dumps(numbers, indent=1).encode()))
@@ -776,7 +799,8 @@ def table(numbers):
     lines = [aligned([[title, 'now', 'at initialisation'], *rows]), '']
     for name, value in lists.items():
         if not name.startswith('filtered'):
-            then = f' (at initialisation {show(initial[name])})' if name in initial else ''
+            null = initial.keys() - {'key frequencies'}  # those are the final ones
+            then = f' (at initialisation {show(initial[name])})' if name in null else ''
             lines.append(f'{name}: {show(value)}{then}')
     if filtered:
         lines.append(aligned([['', *SCORES], *filtered]))
@@ -816,7 +840,8 @@ def scores(d, logits, parts, task_weight, valid_acc):
             tasks[0][f'{part}_errors'] = errors(z, y[:, 0])
 
     def accuracies(rows):
-        return task_losses(z[rows], y[rows], d.classes)[1].tolist() if rows.any() else [None] * len(tasks)
+        z, y = logits['test'][rows], parts['test'][1][rows]
+        return task_losses(z, y, d.classes)[1].tolist() if rows.any() else [None] * len(tasks)
     seen, unseen = accuracies(swapped), accuracies(~swapped)
     for i, task in enumerate(tasks):
         task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
@@ -944,7 +969,7 @@ def main(argv):
     option = parser.add_argument
     option('runs', nargs='*', metavar='RUN', help='a run folder written by train.py')
     option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
-    option('--tau', type=int, default=0, help='highest of the low frequencies (default: 50 of 260)')
+    option('--tau', type=int, default=0, help='highest low frequency over the classes (default: 50 of 260)')
     option('--collect', action='store_true', help='also put what the runs came to into assets/results.json')
     option('--report', action='store_true', help='print the table of all runs in there')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
@@ -954,7 +979,7 @@ def main(argv):
     for path in map(Path, args.runs):
         run = load_run(path, Path(args.to, path.name) if args.to else path, args.tau)
         run.analysis = analyse(run)
-        say(f'{path}\n{table(run.analysis[0])}\n')
+        say(f'{path}\n{table(run.analysis[0])}\nall of it is in {run.to}/analysis.json and analysis.npz\n')
         for note in run.notes:
             say(f'note: {note}')
         if args.collect:

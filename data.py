@@ -183,7 +183,7 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
 
 
 def claim(out, wait=False):
-    """Hold a run folder until the file that this returns is closed, or the process ends, however it ends."""
+    """Hold a folder until the file returned is closed or the process ends. wait: for others to let go."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / 'lock', 'w')
     try:

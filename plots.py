@@ -128,7 +128,7 @@ def stems(ax, k, height, marked, **labels):
 
 @figure('none')
 def polar():
-    """Figure 1 of the paper: the numbers n below 113² = 12,769, each a dot at radius n and angle n
+    """Figure 1 of Syrkis & Søgaard: the numbers n below 113² = 12,769, each a dot at radius n and angle n
     radians."""
     n = np.arange(113 ** 2)
     picks = {'multiples of 17 or 23': n[(n % 17 == 0) | (n % 23 == 0)], 'multiples of 11': n[n % 11 == 0],
@@ -172,16 +172,17 @@ def targets():
 
 @figure('file')
 def spectrum(path):
-    """How much of each frequency a matrix has over its rows, beside shuffles of the rows. The numbers are the
-    periods, in rows, of those that stand out."""
+    """How much of each frequency a matrix has over its rows. The numbers are the periods, in rows, of those
+    that stand out."""
     W = analyze.load_matrix(Path(path))
     found, _, _, norms, shuffled = analyze.outliers(W)
     k = np.arange(1, len(norms) + 1)
     fig, ((ax, right),) = panels(1, 2, 2.6, width_ratios=(3, 1))
-    ax.fill_between(k, shuffled.min(0), shuffled.max(0), color='#DDDDDD', label='rows shuffled')
+    ax.fill_between(k, shuffled.min(0), shuffled.max(0), color='#DDDDDD', label='noise of as much power')
     ax.plot(k, norms, c=BLUE, label='rows in their order')
-    for peak in found:
-        ax.annotate(f'{len(W) / peak:.3g}', (peak, norms[peak - 1]), ha='center', va='bottom', fontsize=7)
+    for f in found:
+        top = norms[min(round(f), len(k)) - 1]
+        ax.annotate(f'{len(W) / f:.3g}', (f, top), ha='center', va='bottom', fontsize=7)
     ax.set(xlabel='frequency k over the rows', ylabel='norm of cos and sin', ylim=(0, 1.35 * norms.max()))
     ax.set_title(f'{Path(path).name}, {len(W)} rows of {W.shape[1]} columns'.replace('$', r'\$'))
     ax.legend(loc='upper right', ncols=2)
@@ -195,13 +196,13 @@ def spectrum(path):
 
 @figure('one')
 def accuracy(run):
-    """Accuracy of each task through training (figure 5 of the paper)."""
+    """Accuracy of each task through training (figure 5 of Syrkis & Søgaard)."""
     return of_each_task(run, 'acc', 'accuracy', vmin=0, vmax=1)
 
 
 @figure('one')
 def loss(run):
-    """Loss of each task through training, the cross-entropy in nats (figure 6 of the paper)."""
+    """Loss of each task through training, the cross-entropy in nats (figure 6 of Syrkis & Søgaard)."""
     r = run.records
     low, high = np.percentile(np.stack([r['train_loss'], r['valid_loss']]), (1, 99.9))
     return of_each_task(run, 'loss', 'cross-entropy (nats)', norm=LogNorm(max(low, 1e-8), max(high, 1e-7)))
@@ -265,13 +266,13 @@ def draw_neuron(axes, arrays, column):
     dft = np.fft.fftshift(arrays['neurons_dft'][column], axes=0)  # x0 -p//2 .. p//2, x1 0 .. p//2
     h = len(dft) // 2 + 0.5
     axes[1].imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=(-0.5, h, h, -h))
-    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT|, in shades by its root')
+    axes[1].set(xlabel='frequency of x1', ylabel='frequency of x0', title='|2-D DFT|, darker: larger')
 
 
 @figure('one')
 def waves(run):
-    """Which waves cos(2πk n/q) the neurons hold, as shares of what depends on both digits together. Filled or
-    blue: clearly held, more than the average and ten times noise."""
+    """Which waves cos(2πk n/q) the neurons hold: shares of what depends on both digits together. Filled
+    squares, or blue bars: clearly held, more than the average and ten times noise. Hollow or grey: not."""
     a, one = run.arrays, one_modulus(run)
     fig, ((ax,),) = panels(1, 1, 2.3 if one else 4.4)
     share = a['wave_shares'][0]
@@ -296,11 +297,11 @@ def draw_waves(ax, run, share, most):
 
 @figure('one')
 def variance(run):
-    """What the neurons depend on, as shares of their variance over all inputs. The answers need sum waves, in
-    x0 + s x1; ReLU makes difference waves, in x0 − s x1, beside them."""
-    a = run.arrays
-    parts = {'x0 or x1 alone': 'one digit alone', 'sum waves': 'waves of x0 + s x1 (sum waves)',
-             'difference waves': 'waves of x0 − s x1', 'the rest': 'the rest'}
+    """What the neurons depend on, as shares of their variance over all inputs. The answers need the sum
+    waves; ReLU makes the difference waves beside them."""
+    a, s = run.arrays, run.data.stride
+    parts = {'x0 or x1 alone': 'one digit alone', 'sum waves': f'sum waves, of x0 + {s} x1',
+             'difference waves': f'difference waves, of x0 − {s} x1', 'the rest': 'the rest'}
     fig, ((ax,),) = panels(1, 1, 2.7)
     ax.stackplot(a['snapshot_epoch'] + 1, [a[f'snapshot_variance of neurons in {part}'] for part in parts],
                  labels=parts.values(), colors=('#DDDDDD', BLUE, ORANGE, '#444444'))
@@ -311,7 +312,7 @@ def variance(run):
 
 @figure('one')
 def omega(run):
-    """How many frequencies the neurons use, counted in three ways at the snapshots."""
+    """How many frequencies the neurons use, counted in three ways, at the epochs whose weights were kept."""
     a = run.arrays
     x = a['snapshot_epoch']
     spectrum = a['snapshot_spectrum'][:, 1:]
@@ -321,10 +322,10 @@ def omega(run):
     mesh = top.pcolormesh(np.append(x, x[-1] + 1) + 1, k, shades, rasterized=True)
     fig.colorbar(mesh, ax=top, label='amplitude / largest of its epoch', pad=0.02)
     top.set(ylabel='frequency of x1', title='spectrum, mean over the neurons and over the frequencies of x0')
-    lines = {'waves that the neurons hold, without leakage': a['snapshot_waves (q, k) carried'],
-             "bins above mean + 2 sd, the paper's rule": a['snapshot_active bins of a neuron'],
-             'the same after a mean, its code': a['snapshot_active frequencies of a neuron, averaged']}
-    log_lines(ax, x, lines, yscale='symlog', ylabel='active frequencies', ylim=(0, 2e4))
+    lines = {'waves of the answers, fitted': a['snapshot_waves (q, k) carried'],
+             'bins of the spectrum of a neuron, by the text': a['snapshot_active bins of a neuron'],
+             'the same after averaging, by the code': a['snapshot_active frequencies of a neuron, averaged']}
+    log_lines(ax, x, lines, yscale='symlog', ylabel='active frequencies', ylim=(0, 3e4))
     ax.legend(loc='upper left')
     return fig
 
@@ -336,7 +337,7 @@ def clusters(run):
     fig, ((ax, bars),) = panels(1, 2, 2.7, width_ratios=(2, 3))
     by_wave, by_k = (np.sort(a[f'neuron_{by}_share'])[::-1] for by in ('wave', 'k'))
     ax.plot(by_wave, c=BLUE, label='best wave (q, k), of what needs both digits')
-    ax.plot(by_k, c=ORANGE, ls='--', label='best k of the p-DFT, of all variance')
+    ax.plot(by_k, c=ORANGE, ls='--', label='best frequency k/p of a digit, of all variance')
     ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.35), yticks=(0, 0.5, 1))
     ax.legend(loc='upper right')
     pure = a['neuron_wave_share'] > 0.5
@@ -344,10 +345,9 @@ def clusters(run):
     bars.bar([str(n) for n in names], counts, color=BLUE)
     bars.tick_params(axis='x', labelsize=6, rotation=90 if len(names) > 12 else 0)
     bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons')
-    bars.set(title=f'the {pure.sum()} neurons with more than half in the waves of one (q, k)')
+    bars.set_title(f'{pure.sum() or "no"} neurons have more than half in the waves of one (q, k)')
     if not pure.any():
-        bars.text(0.5, 0.5, 'none so far', transform=bars.transAxes, ha='center')
-        bars.set(xticks=[], yticks=[])
+        bars.set_axis_off()
     return fig
 
 
@@ -362,7 +362,8 @@ def mechanism(run):
     fig, ((ax, profile, losses),) = panels(1, 3, 3.3, width_ratios=(2, 2, 3))
     k = np.arange(1, len(fit) + 1)
     stems(ax, k, fit, np.isin(k, key), ylabel='share of the logits')
-    ax.set_title(f'cos(w_k (x0+x1−c)): {n["logits in key cosines"]:.0%} in key k')
+    in_key, in_others = n['logits in key cosines'], n['logits in as many others']
+    ax.set_title(f'cos(w_k (x0+x1−c)): key {in_key:.0%}, as many others {in_others:.1%}', fontsize=6.5)
     profile.plot(d, a['profile'], 'k.', ms=3, label='mean logit')
     cosines = np.cos(2 * np.pi * np.outer(d, key) / run.p) @ a['amplitude'][key - 1]
     profile.plot(d, cosines, c=ORANGE, label='key cosines', lw=0.8)
@@ -434,7 +435,7 @@ def components(run):
         k = np.arange(1, len(spectrum) + 1)
         ax.bar(k, spectrum, 1, color=np.where(k <= tau, BLUE, ORANGE))
         for period in periods:
-            at = round(C / period)
+            at = min(round(C / period), len(spectrum))
             ax.annotate(f'{period:.3g}', (at, spectrum[at - 1]), ha='center', va='bottom', fontsize=6)
         ax.set(ylabel=name, ylim=(0, 1.2 * spectrum.max()))
         ax.set_title(f'{low:.0%} of its power is low (blue, k ≤ {tau})', loc='right', fontsize=7, pad=2)
@@ -464,7 +465,7 @@ def filters(run):
         left.plot(random[:, i], y + 0.27 * (i - 1), 'k|', ms=6, label=label)
     for ax in (left, right):
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
-    left.set_yticks(y, names)
+    left.set_yticks(y, ['nothing removed', *names[1:]])
     left.invert_yaxis()
     return fig
 
@@ -569,8 +570,9 @@ def attention(*runs):
 
 @figure('any')
 def density(*runs):
-    """How sparse the matrices become. FFD: share of the frequencies with more than half of the largest
-    coefficient. FCR: the smaller of cosine and sine by the larger, mean over the frequencies."""
+    """How sparse the matrices W_E and W_L = W_out W_U become. FFD: share of the frequencies with more than
+    half of the largest coefficient. FCR: the smaller of cosine and sine by the larger, mean over the
+    frequencies."""
     fig, axes = panels(len(runs), 3, 0.5 + 1.8 * len(runs), sharex=True)
     for (left, *right), run in zip(axes, runs):
         a = run.arrays
@@ -606,7 +608,8 @@ def animate(run, what):
         epochs = a['snapshot_epoch']
         title = 'W_E by frequency'
         frames = a['snapshot_W_E_norms']
-    fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
 
     def frame(i):
         ax.clear()
@@ -616,28 +619,22 @@ def animate(run, what):
 
 
 def draw_file(file, draw, *args):
-    """A figure as file.png and file.svg, or one line that says what it lacks. -> whether it was drawn."""
+    """A figure as file.png and file.svg, an animation as file.gif, or one line that says what it lacks. ->
+    whether it was drawn."""
     try:
         fig = draw(*args)
     except KeyError as e:
         say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}')
         return False
-    for kind in ('svg', 'png'):
-        write(file.with_suffix(f'.{kind}'), lambda f: fig.savefig(f, format=kind, dpi=STYLE['savefig.dpi']))
-    plt.close(fig)
-    say(file.with_suffix('.png'))
-    return True
-
-
-def draw_gif(file, run, what):
-    """The same for an animation, as file.gif."""
-    try:
+    if isinstance(fig, FuncAnimation):
         with plt.rc_context(STYLE), tempfile.TemporaryDirectory() as beside:
-            animate(run, what).save(Path(beside, 'a.gif'), PillowWriter(fps=6))
+            fig.save(Path(beside, 'a.gif'), PillowWriter(fps=6))
             write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
-    except KeyError as e:
-        say(f'note: {file.name} not drawn: no {e} in {run.path}')
-        return False
+    else:
+        file = file.with_name(f'{file.name}.png')
+        for kind in ('svg', 'png'):
+            fill = functools.partial(fig.savefig, format=kind, dpi=STYLE['savefig.dpi'])
+            write(file.with_suffix(f'.{kind}'), fill)
     plt.close('all')
     say(file)
     return True
@@ -669,9 +666,10 @@ def main(argv):
         jobs.append(('out', f'embedding_{Path(args.embedding).stem}', spectrum, args.embedding))
     what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
     need(jobs, f'{args.only} needs {what[FIGURES[args.only][1]] if args.only else "--data"}')
-    drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
     if args.animate:
-        drawn += [draw_gif(Path(run.to, 'figures', f'{args.animate}.gif'), run, args.animate) for run in runs]
+        moving = functools.partial(animate, what=args.animate)
+        jobs += [(run.to, f'{args.animate}.gif', moving, run) for run in runs]
+    drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
     need(any(drawn), 'nothing drawn')
 
 

@@ -60,7 +60,7 @@ option('lr', 1e-2, 'learning rate of AdamW')
 option('weight_decay', 1.0, 'decoupled weight decay of AdamW')
 option('muon_lr', 0.05, 'learning rate of Muon')
 option('muon_decay', 0.1, 'decoupled weight decay of Muon')
-option('decay_from', 0.4, 'share of the epochs after which the rates fall linearly to zero; 1 = never')
+option('decay_from', 0.4, 'share of the run after which the rates fall linearly to zero; 1 = never')
 option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
 option('alpha', 0.98, 'memory of the gradient filter')
 option('epochs', 3000, 'full-batch steps')
@@ -75,7 +75,7 @@ option('resume', False, 'go on with the run in the folder; its own options hold'
 option('bench', 0, 'time so many epochs instead, and save nothing')
 option('sweep', 0, 'train so many settings drawn from a grid by --seed, a folder each, and rank them')
 option('sweep_space', 'dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 '
-                      'lr=3e-4,1e-4 n_heads=4,8', 'grid of the sweep; an option given by itself leaves it')
+                      'lr=3e-4,1e-4 n_heads=4,8', 'grid of the sweep; an option that you set is not varied')
 
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
@@ -343,7 +343,7 @@ def train(o):
                 saved = time.perf_counter()
                 save_cost = saved - now
 
-        if epoch == o.epochs:  # the last figures of every task; the test rows are touched here, once
+        if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
             with torch.no_grad(), bfloat16:
                 logits = {part: model(x).view(len(y), -1).float() for part, (x, y) in parts.items()}
             valid_acc = history['valid_acc'].cpu().numpy()
