@@ -226,6 +226,21 @@ def of_each_task(run, kind, label, **colours):
 
 
 @figure('one')
+def curves(run):
+    """Accuracy and loss, mean of the tasks, on numbers it is trained on and on numbers it never saw. Grey:
+    the latter of each task."""
+    r = run.records
+    fig, axes = panels(1, 2, 2.8)
+    for ax, kind in zip(axes[0], ('acc', 'loss')):
+        ax.plot(r['epoch'] + 1, r[f'valid_{kind}'], c=GREY, lw=0.5, alpha=0.4)
+        lines = dict(validation=r[f'valid_{kind}'].mean(1), training=r[f'train_{kind}'].mean(1))
+        log_lines(ax, r['epoch'], lines)
+    axes[0, 0].set_ylabel('accuracy')
+    axes[0, 1].set(ylabel='loss (nats)', yscale='log')
+    return fig
+
+
+@figure('one')
 def gradients(run):
     """The norm of the gradient of each matrix, as a share of its largest."""
     r = run.records

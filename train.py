@@ -82,9 +82,9 @@ HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  #
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, decay_from=1, alpha=1, d_model=2 ** 14, epochs=10 ** 7)
 
 FAST_NANDA = dict(train_frac=0.3, d_model=128, muon_decay=0.3, epochs=1000, spectra_every=256)
-PAPER = dict(train_frac=0.3, optimizer='adamw', lr=3e-4, weight_decay=1 / 3, decay_from=1.0, lamb=0.5,
-             epochs=65536, spectra_every=256)
-PAPER_NANDA = PAPER | dict(d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, lamb=0.0, epochs=25000)
+ADAMW = dict(optimizer='adamw', decay_from=1.0, epochs=65536, spectra_every=256)
+PAPER = ADAMW | dict(lr=3e-4, weight_decay=1 / 3, lamb=0.5, init='reference', dropout_mask='batch')
+PAPER_NANDA = ADAMW | dict(train_frac=0.3, d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, epochs=25000)
 PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
     fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
               add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
@@ -286,7 +286,6 @@ def train(o):
         return bench(o, d, device, step)
 
     # ---------------------------------------------------------------- the loop
-
     with data.claim(out), contextlib.ExitStack() as held:
         used = {'ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots'} & set(os.listdir(out))
         need(o.resume or not used, f'{out} holds a run; go on with it by --resume, or choose another --out')
@@ -331,10 +330,11 @@ def train(o):
             rate = (epoch - looked_epoch) / (now - looked)
             wall += now - looked
             looked, looked_epoch = now, epoch
-            acc, eta = rows['valid_acc'][-1], timedelta(seconds=round((o.epochs - epoch) / rate))
+            acc, train_acc = rows['valid_acc'][-1], rows['train_acc'][-1].mean()
+            eta = timedelta(seconds=round((o.epochs - epoch) / rate))
             line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {eta}  grokked '
-                    f'{(acc >= 0.99).sum()}/{len(acc)}  valid mean {acc.mean():.3f} worst {acc.min():.3f}  '
-                    f'{rate:.3g} epochs/s')
+                    f'{(acc >= 0.99).sum()}/{len(acc)}  train {train_acc:.3f}  valid {acc.mean():.3f}  worst '
+                    f'{acc.min():.3f}  {rate:.3g} epochs/s')
             if one_line:
                 line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
             say(line, end='' if one_line and not last else '\n')
