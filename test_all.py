@@ -2880,7 +2880,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_the_papers_values():
     paper = dict(
         p=113, train_frac=0.5, d_model=256, n_heads=4, epochs=65536, optimizer='adamw', lr=3e-4,
-        init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mask='batch', lamb=0.5, alpha=0.98)
+        init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mask='batch', lamb=0.5,
+        alpha=0.98)
     for_nanda = dict(train_frac=0.3, d_model=128, lr=1e-3, weight_decay=1, dropout=0, lamb=0, init='he')
     o = vars(train.parse(['--preset', 'paper']))
     assert o | paper == o
