@@ -711,16 +711,13 @@ def measure(run, weights, moment, solver, key=None):
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
              'one sum': one_sum}
-    numbers = {}
-    arrays = {}
+    found = {}
     for part, (kind, moments) in PARTS.items():
         if kinds[kind] and moment in moments.split():
-            for name, value in part(m).items():
-                if isinstance(value, torch.Tensor):
-                    arrays[name] = value.clone()  # the next weights go into the same memory
-                else:
-                    numbers[name] = value
-    return numbers, arrays
+            found |= part(m)
+    # the next weights go into the same memory, so arrays are copied
+    arrays = {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in found.items() if name not in arrays}, arrays
 
 
 def over_snapshots(run, solver, key):

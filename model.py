@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Initial weights have std sqrt(2 / fan-in). The fan-in of `he`, as in the paper's text, is the dimension that
-# the matrix contracts. `reference`, as in its code: JAX counts the stack of heads or tasks, too.
+# Initial weights have std sqrt(2 / fan-in). The fan-in of `he` (the paper's text) is the dimension that the
+# matrix contracts; that of `reference` (its code) counts the stack of heads or tasks, too. `small` is .3 he.
 HE = dict(W_E='V', W_pos='T', W_Q='D', W_K='D', W_V='D', W_O='D', W_in='D', W_out='F', W_U='D')
-FAN_IN = dict(he=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD', W_U='QD'))
+FAN_IN = dict(he=HE, small=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD', W_U='QD'))
 
 
 class Transformer(nn.Module):
@@ -28,13 +28,13 @@ class Transformer(nn.Module):
     activation = staticmethod(F.relu_)  # of the MLP; in place, for memory
     def __init__(self, p, d_model, n_heads, n_classes, n_ops=1, n_tasks=1, init='he'):
         super().__init__()
-        V, D, H, K = p + n_ops, d_model, n_heads, d_model // n_heads
-        self.p = p
+        self.p, V, D, H, K = p, p + n_ops, d_model, n_heads, d_model // n_heads
         size = dict(V=V, T=3, D=D, H=H, F=4 * D, Q=n_tasks)
 
         def weight(name, *shape):
             fan_in = math.prod(size[dimension] for dimension in FAN_IN[init][name])
-            return nn.Parameter(torch.randn(shape) * (2 / fan_in) ** 0.5)
+            scale = 0.3 if init == 'small' else 1.0
+            return nn.Parameter(torch.randn(shape) * scale * (2 / fan_in) ** 0.5)
 
         self.W_E = weight('W_E', V, D)
         self.W_pos = weight('W_pos', 3, D)

@@ -433,7 +433,7 @@ PINNED = {0: 5.118945, 1: 4.211175, 10: 1.398876, 39: 1.031196}  # epoch: mean o
 def test_a_run_against_a_plain_float64_twin(tmp_path, epochs, alpha, decay, decay_from, pinned):
     """The paper's model, loss, filter and schedule, and torch's own AdamW, written plainly in float64 from
     the same first weights: every record, the last weights and the memory of the filter."""
-    words = '--optimizer adamw --lr 1e-3 --lamb 0.5 --dropout 0 --train_frac 0.5 --init he'.split()
+    words = '--optimizer adamw --lr 1e-3 --lamb 0.5 --dropout 0 --dropout_mlp 0 --init he'.split()
     words += ['--epochs', epochs, '--alpha', alpha, '--weight_decay', decay, '--decay_from', decay_from]
     folder = trained(tmp_path, *words)
     d, (train_rows, valid_rows, _) = data.make('miiii', 11), data.split(121, 0.5)
@@ -504,23 +504,24 @@ def test_dropout_masks(tmp_path, monkeypatch, kind, rows):
     seen, forward = [], Transformer.forward
 
     def watched(self, x, drop=(1, 1), acts=None):
-        if torch.is_tensor(drop):
-            seen.append(drop)
+        if drop != (1, 1):
+            seen.append(torch.stack(drop))
         return forward(self, x, drop, acts)
 
     monkeypatch.setattr(Transformer, 'forward', watched)
-    still = '--optimizer adamw --lr 0 --d_model 512 --train_frac 0.5 --epochs 5'.split()
-    folder = trained(tmp_path / 'a', *still, '--dropout', 0.25, '--dropout_mask', kind)
+    still = '--optimizer adamw --lr 0 --d_model 512 --train_frac 0.5 --init he --epochs 5'.split()
+    folder = trained(tmp_path / 'a', *still, '--dropout', 0.25, '--dropout_mlp', 0.5, '--dropout_mask', kind)
     masks = torch.stack(seen)
     assert masks.shape == (5, 2, rows, 512) and len(masks.flatten(0, 1).unique(dim=0)) == 10
-    assert torch.allclose(masks.unique(), torch.tensor([0, 4 / 3]))
-    assert abs((masks == 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / masks.numel())
+    for rate, some in zip((0.25, 0.5), masks.unbind(1)):
+        assert torch.allclose(some.unique(), torch.tensor([0, 1 / (1 - rate)]))
+        assert abs((some == 0).float().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / some.numel())
 
     d, W, ours = data.make('miiii', 11), start_in_float64(folder), records(folder)
     part = d.part(data.split(121, 0.5)[0])
     for drop, loss in zip(masks.double(), ours['train_loss']):
         assert np.allclose(loss, plain_scores(W, part, d.classes, drop)[0].detach(), rtol=1e-4)
-    constant = records(trained(tmp_path / 'b', *still, '--dropout', 0))
+    constant = records(trained(tmp_path / 'b', *still, '--dropout', 0, '--dropout_mlp', 0))
     assert len(seen) == 5
     assert np.ptp(ours['train_loss'], 0).min() > 1e-2
     assert max(np.ptp(constant['train_loss'], 0).max(), np.ptp(ours['valid_loss'], 0).max()) < 1e-5
@@ -546,8 +547,8 @@ def test_learning_rate_schedule(tmp_path):
 
 def test_a_mixture_is_the_mean_over_its_operations(tmp_path):
     """Operation by operation: gradient, loss and accuracy by torch's own, and the spectra of neurons."""
-    words = '--optimizer adamw --lamb 0 --epochs 1 --dropout 0 --spectra_every 1 --train_frac 0.5'.split()
-    folder = trained(tmp_path, *words, '--task', 'a*b,a+b,a-2')
+    words = '--optimizer adamw --epochs 1 --dropout 0 --dropout_mlp 0 --spectra_every 1'.split()
+    folder = trained(tmp_path, *words, '--task', 'a*b,a+b,a-2', '--train_frac', 0.5)
     W, p, ours = start_in_float64(folder), 11, records(folder)
     assert W['W_E'].shape == (14, 32) and W['W_U'].shape == (32, 11)
     d, rows = data.make('a*b,a+b,a-2', p), data.split(121, 0.5)[0]
@@ -2125,7 +2126,8 @@ def test_resume_is_exact(tmp_path, extra):
 
 def test_either_initial_scale(tmp_path):
     """The same random numbers, times the root of the ratio of the fan-ins. The analysis knows which."""
-    he = run_of('--epochs', 2, '--out', tmp_path / 'a')
+    he = run_of('--epochs', 2, '--out', tmp_path / 'a', '--init', 'he')
+    small = first_weights(run_of('--epochs', 2, '--out', tmp_path / 'c'))
     reference = run_of('--epochs', 2, '--out', tmp_path / 'b', '--init', 'reference')
     for config in (data.load(reference / 'ckpt.pt')['config'], summary(reference)['config']):
         assert config['init'] == 'reference'
@@ -2133,6 +2135,7 @@ def test_either_initial_scale(tmp_path):
     ours, theirs = first_weights(he), first_weights(reference)
     for name, w in ours.items():
         assert torch.allclose(theirs[name] * more.get(name, 1) ** 0.5, w, atol=1e-6), name
+        assert torch.allclose(small[name], 0.3 * w, atol=1e-6), name
     initial = analyze.load_run(reference).initial
     shutil.rmtree(reference / 'snapshots')  # the analysis draws the first weights again
     again = analyze.load_run(reference).initial
@@ -2389,10 +2392,10 @@ def test_the_start_tells_what_was_changed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, name', [
-    ('--optimizer adamw --muon_lr 0.1', 'muon_lr'),
+    ('--optimizer adamw --muon_lr 0.2', 'muon_lr'),
     ('--optimizer adamw --muon_decay 0.2', 'muon_decay'),
     ('--alpha 0.9', 'alpha'),
-    ('--dropout 0 --dropout_mask batch', 'dropout_mask'),
+    ('--dropout 0 --dropout_mlp 0 --dropout_mask batch', 'dropout_mask'),
     ('--task add --spectra_every 7', 'spectra_every')])
 def test_an_option_without_effect_is_told(tmp_path, capsys, args, name):
     run_of('--epochs', 2, '--out', tmp_path / 'a', *args.split())
@@ -2570,7 +2573,7 @@ def test_sweep_ranks_its_settings(tmp_path, capsys, fault):
     assert float(best['valid_acc']) == pytest.approx(np.mean([task['valid_acc'] for task in tasks]))
     assert best['grokked'] == str(sum(task['valid_acc'] >= 0.99 for task in tasks))
 
-    assert '--weight_decay' in fault(*args, '--epochs', 20, '--sweep', 4, '--weight_decay', 0.5)
+    assert '--weight_decay' in fault(*args, '--epochs', 20, '--sweep', 4, '--weight_decay', 0.25)
     assert 'was trained with other options' in fault(*args, '--sweep', 4)  # the epochs are left out
     capsys.readouterr()
     train.main([*args, '--sweep', '4', '--epochs', '30'])  # lengthened
@@ -2898,7 +2901,7 @@ def test_defaults_are_what_a_run_records(tmp_path):
     assert data.load(tmp_path / 'ckpt.pt')['config'] == config
     assert summary(tmp_path)['changed'] == dict(epochs=1)
     fast = dict(
-        task='miiii', p=113, train_frac=0.5, optimizer='muon', lamb=0, epochs=3000, preset='fast', init='he')
+        task='miiii', p=113, train_frac=0.5, optimizer='muon', lamb=0, epochs=2000, init='small')
     assert train.DEFAULTS | fast == train.DEFAULTS
 
 
@@ -2998,7 +3001,7 @@ def test_bench_counts_the_work(tmp_path, monkeypatch, capsys):
     per_row = 2 * (32 * 32 + 32 * 128 + 128 * 32 + 32 * 11)
     assert three['gflop'] == pytest.approx(3 * per_row * (3 * 36 + 42) / 1e9)
     # forward 7.42 GFLOP for 3,831 rows and 1.94 for 1,000; backward twice the forward
-    paper = bench('--preset', 'paper', '--bench', 1, '--out', tmp_path / 'none')
+    paper = bench('--preset', 'paper', '--train_frac', 0.3, '--bench', 1, '--out', tmp_path / 'none')
     assert paper['gflop'] == pytest.approx(3 * 7.42 + 1.94, abs=0.03)
     assert not (tmp_path / 'none').exists()
 

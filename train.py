@@ -4,7 +4,6 @@
     python train.py --preset paper             # the same by the paper's recipe
     python train.py --task "a^2+b"             # nanda, add, or polynomials mod p; "a+b,a*b" share one network
     python train.py --resume --out out/miiii   # go on where a run stopped
-    python train.py --bench 50                 # how fast
     python train.py --sweep 20 --preset paper  # 20 settings of the paper's grid; once more goes on with them
 """
 import argparse
@@ -49,21 +48,22 @@ option('seed', 0, 'seed of initial weights and dropout')
 option('data_seed', 0, 'seed of the split (and of the shuffle in basis)')
 option('d_model', 256, 'width D; the MLP has 4D neurons')
 option('n_heads', 4, 'attention heads; must divide d_model')
-option('init', 'he', 'initial scale: by the text of the paper, or by its code', *FAN_IN)
-option('dropout', 0.1, 'share of the residual stream dropped after attention and after the MLP')
+option('init', 'small', 'initial scale: by the text of the paper, .3 of it, or by its code', *FAN_IN)
+option('dropout', 0.05, 'share of the residual stream dropped after attention')
+option('dropout_mlp', 0.2, 'and after the MLP; 0 = the same')
 option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
 option('init_from', '', 'start from the weights of another run folder, or W_E from a .npy or .pt file')
 option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
 option('freeze', False, 'hold what was copied fixed')
 option('optimizer', 'muon', 'adamw for all matrices, or muon for all but W_E and W_pos', 'adamw', 'muon')
 option('lr', 1e-2, 'learning rate of AdamW')
-option('weight_decay', 1.0, 'decoupled weight decay of AdamW')
-option('muon_lr', 0.05, 'learning rate of Muon')
+option('weight_decay', 0.5, 'decoupled weight decay of AdamW')
+option('muon_lr', 0.1, 'learning rate of Muon')
 option('muon_decay', 0.1, 'decoupled weight decay of Muon')
 option('decay_from', 0.4, 'share of the run after which the rates fall linearly to zero; 1 = never')
 option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
 option('alpha', 0.98, 'memory of the gradient filter')
-option('epochs', 3000, 'full-batch steps')
+option('epochs', 2000, 'full-batch steps')
 option('precision', 'tf32', 'of matrix products; tf32 is float32 on a CPU', 'float32', 'tf32', 'bfloat16')
 option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (add has none)')
 option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
@@ -79,12 +79,13 @@ option('sweep_space', 'dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5
 
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
-AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, decay_from=1, alpha=1, d_model=2 ** 14, epochs=10 ** 7)
-
+AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1,
+               d_model=2 ** 14, epochs=10 ** 7)
+EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05)  # defaults
 FAST_NANDA = dict(train_frac=0.3, d_model=128, muon_decay=0.3, epochs=1000, spectra_every=256)
-ADAMW = dict(optimizer='adamw', decay_from=1.0, epochs=65536, spectra_every=256)
+ADAMW = EARLIER | dict(optimizer='adamw', decay_from=1.0, epochs=65536, spectra_every=256)
 PAPER = ADAMW | dict(lr=3e-4, weight_decay=1 / 3, lamb=0.5, init='reference', dropout_mask='batch')
-PAPER_NANDA = ADAMW | dict(train_frac=0.3, d_model=128, dropout=0.0, lr=1e-3, weight_decay=1.0, epochs=25000)
+PAPER_NANDA = ADAMW | dict(train_frac=0.3, d_model=128, dropout=0.0, lr=1e-3, epochs=25000)
 PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
     fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
               add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
@@ -132,7 +133,7 @@ def parse(argv):
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
         own = ckpt['config']
         need(isinstance(own, dict) and own.keys() <= OPTIONS.keys(), f'{o.out} has unknown options')
-        o = argparse.Namespace(**DEFAULTS | own | {name: getattr(o, name) for name in HOW})
+        o = argparse.Namespace(**DEFAULTS | EARLIER | own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
         for name, value in given.items():
             was = vars(o)[name]
@@ -189,14 +190,15 @@ def train(o):
     if by_muon:
         optimizers.append(Muon(by_muon.values(), torch.tensor(o.muon_lr, device=o.device), o.muon_decay))
     memory = [torch.zeros_like(w) for w in params] if o.lamb else []  # of the gradient filter
+    rates = o.dropout, o.dropout_mlp or o.dropout
 
     def dropout_masks():
-        if not o.dropout:
+        if not any(rates):
             return 1, 1
         rows = len(x_train) if o.dropout_mask == 'example' else 1
         draws = torch.randint(-2 ** 63, 2 ** 63 - 1, (2, rows, -(-o.d_model // 4)), device=o.device)
-        keep = draws.view(torch.int16)[..., :o.d_model] >= round(2 ** 16 * o.dropout) - 2 ** 15  # 16 bits
-        return keep / (1 - o.dropout)
+        bits = draws.view(torch.int16)[..., :o.d_model]  # 16 for each
+        return [(b >= round(2 ** 16 * rate) - 2 ** 15) / (1 - rate) for b, rate in zip(bits, rates)]
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
@@ -273,12 +275,12 @@ def train(o):
     if cuda and net is not model:
         step = captured(step)
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    device = torch.cuda.get_device_name(o.device) if cuda else device
+    device = torch.cuda.get_device_name() if cuda else device
     sizes, n_params = dict(zip(parts, map(len, split))), sum(w.numel() for w in model.parameters())
     counts = ' + '.join(f'{n} {part}' for part, n in sizes.items())
     say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters, {device}')
     say(f'options: {analyze.flags(dict(preset=o.preset) | changes(o))}')
-    idle = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not o.dropout)
+    idle = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not any(rates))
     for name in changes(o):
         if idle.get(name) or name == 'spectra_every' and not d.modular:
             say(f'note: --{name} has no effect here')
@@ -295,7 +297,6 @@ def train(o):
         say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
         stop = stop_signals(held)
         one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
-        look_every = 1 if one_line else 30  # seconds
         looked = saved = time.perf_counter()
         looked_epoch, save_cost, last = epoch, 0.0, epoch == o.epochs
         while not last:
@@ -317,7 +318,7 @@ def train(o):
             # from here on: now and then the host looks, the only wait for the device
             now = time.perf_counter()
             last = epoch == o.epochs or bool(stop)
-            if not last and now - looked < look_every:
+            if not last and now - looked < (1 if one_line else 30):
                 continue
             rows = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
             bad = [f'{name} of {columns[name][j]} at epoch {looked_epoch + i}' for name, block in rows.items()
@@ -330,11 +331,11 @@ def train(o):
             rate = (epoch - looked_epoch) / (now - looked)
             wall += now - looked
             looked, looked_epoch = now, epoch
-            acc, train_acc = rows['valid_acc'][-1], rows['train_acc'][-1].mean()
+            acc = rows['valid_acc'][-1]
             eta = timedelta(seconds=round((o.epochs - epoch) / rate))
             line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {eta}  grokked '
-                    f'{(acc >= 0.99).sum()}/{len(acc)}  train {train_acc:.3f}  valid {acc.mean():.3f}  worst '
-                    f'{acc.min():.3f}  {rate:.3g} epochs/s')
+                    f'{(acc >= 0.99).sum()}/{len(acc)}  train {rows["train_acc"][-1].mean():.3f}  '
+                    f'valid {acc.mean():.3f}  worst {acc.min():.3f}  {rate:.3g} epochs/s')
             if one_line:
                 line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
             say(line, end='' if one_line and not last else '\n')
@@ -420,12 +421,11 @@ def bench(o, d, device, step):
             fn()
         timer = benchmark.Timer('fn()', globals=dict(fn=fn), num_threads=torch.get_num_threads())
         return 1e3 * timer.timeit(n).mean
-    a = torch.randn(4096, 1024, device=o.device)
-    a = a.bfloat16() if o.precision == 'bfloat16' else a
+    a = torch.randn(4096, 1024, device=o.device, dtype=torch.bfloat16 if o.precision == 'bfloat16' else None)
     epoch, product = ms(step, o.bench), ms(lambda: a @ a.T, 9)
     train, valid, _ = (len(rows) * d.n_ops for rows in data.split(len(d.y), o.train_frac))
-    per_row = 2 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # forward: W_O, W_in, W_out, W_U
-    gflop = per_row * (3 * train + valid) / 1e9  # backward takes twice the forward
+    per_row = 2e-9 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # forward: W_O, W_in, W_out, W_U
+    gflop = per_row * (3 * train + valid)  # backward takes twice the forward
     rate, limit = gflop / epoch * 1e3, 2 * 4096 ** 2 * 1024 / product / 1e6
     say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at '
         f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
