@@ -717,7 +717,8 @@ def measure(run, weights, moment, solver, key=None):
             found |= part(m)
     # the next weights go into the same memory, so arrays are copied
     arrays = {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
-    return {name: value for name, value in found.items() if name not in arrays}, arrays
+    numbers = {name: value for name, value in found.items() if name not in arrays}
+    return numbers, arrays
 
 
 def over_snapshots(run, solver, key):
@@ -839,7 +840,8 @@ def scores(d, logits, parts, task_weight, valid_acc):
     def accuracies(rows):
         z, y = logits['test'][rows], parts['test'][1][rows]
         return task_losses(z, y, d.classes)[1].tolist() if rows.any() else [None] * len(tasks)
-    seen, unseen = accuracies(swapped), accuracies(~swapped)
+    seen = accuracies(swapped)
+    unseen = accuracies(~swapped)
     for i, task in enumerate(tasks):
         task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
         grid = d.y[:, i].view(p, p)
