@@ -128,8 +128,8 @@ def outliers(W, draws=100):
     most, is taken out with those found before, and the search goes on, so that weak waves are found beside
     strong ones.
 
-    -> frequencies (P,), their heights (P,), the highest by chance, spectrum (n//2,), those of noise (draws,
-    n//2) """
+    -> frequencies (P,), heights (P,), the highest by chance, spectrum (n//2,), those of noise (draws, n//2)
+    """
     n = len(W)
     row = torch.arange(n, dtype=torch.float64)[:, None]
 
@@ -213,10 +213,15 @@ def solver_for(p, d):
     return wave_solver(p, waves(p, d.classes, d.stride))
 
 
+def varies(neurons):
+    """Which activations (p^2, F) vary over the inputs by more than rounding: (F,) bool."""
+    return neurons.var(0, correction=0) > 1e-10 * neurons.square().mean(0)
+
+
 def decompose(neurons, p, solver):
     """Where the variance of each activation (p^2, F) lies.
 
-    alive        (F,)       whether it varies over the inputs by more than rounding
+    alive        (F,)       whether it `varies`
     variance     (F,)       in all; 0 if not alive
     interaction  (F,)       in what neither x0 nor x1 has alone; 0 below 1e-6 of the variance
     waves        (2, B, F)  in the sum wave and in the difference wave of each (q, k), by the joint fit. White
@@ -226,11 +231,11 @@ def decompose(neurons, p, solver):
     """
     of_waves, _, inv = solver
     variance = neurons.var(0, correction=0)
-    alive = variance > 1e-10 * neurons.square().mean(0)
+    alive = varies(neurons)
     inter = interactions(neurons, p)
     interaction = inter.square().mean(0) * alive
     interaction = interaction * (interaction > 1e-6 * variance)
-    b = of_waves @ (inter * (interaction > 0))                                              # 4B F
+    b = of_waves @ (inter * (interaction > 0))                                           # 4B F
     power = (b * (inv @ b)).view(2, 2, -1, b.shape[1]).sum(1) / p ** 2
     return dict(alive=alive, variance=variance * alive, interaction=interaction, waves=power, products=b)
 
@@ -433,15 +438,14 @@ def sharp(m):
     """Targets mod p: how many neurons of each operation have more than 85 % of their variance at one
     frequency, over residues and over discrete logarithms of both digits. pattern (O, a, b): the logits of
     class 1."""
-    p = m.p
     by_log = by_discrete_log(m.p)
-    out = dict(by_log=by_log, pattern=m.logits.view(p, p, m.d.n_ops, p)[..., 1].permute(2, 1, 0))
-    grid = m.acts['neurons'].view(p, p, -1)
+    logits = m.logits.view(m.p, m.p, m.d.n_ops, m.p)                                     # b a O c
+    out = dict(by_log=by_log, pattern=logits[..., 1].permute(2, 1, 0))
+    grid = m.acts['neurons'].view(m.p, m.p, -1)
     for by, a in (('', grid.flatten(0, 1)), (' by logarithm', grid[by_log][:, by_log].flatten(0, 1))):
-        variance = a.var(0, correction=0)
-        share, _ = best_frequency(dft2(a, round(len(a) ** 0.5)), variance)
-        many = (share > 0.85) & (variance > 1e-10 * a.square().mean(0))
-        out[f'sharp neurons{by}'] = many.view(m.d.n_ops, -1).sum(1).tolist()
+        share, _ = best_frequency(dft2(a, round(len(a) ** 0.5)), a.var(0, correction=0))
+        is_sharp = (share > 0.85) & varies(a)
+        out[f'sharp neurons{by}'] = is_sharp.view(m.d.n_ops, -1).sum(1).tolist()
     return out
 
 
@@ -449,11 +453,10 @@ def mechanism(m):
     """How a network adds modulo p, from its logits (Nanda et al. 2023, sections 4 and 5).
 
     profile (p,): the centred logits as a function of x0 + x1 - c, mean over the inputs. fit (p//2,): share of
-    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 %,
-    and three times the lower quartile. Beside their sum
-    stands what as many of the others have on average; a mere table of the training rows has as much there.
-    Restricted loss: of the projection on the key waves in x0 + x1 and on the mean, over all inputs. Excluded
-    loss: without the key waves, over the training rows.
+    their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 % and three times the
+    lower quartile. Beside their sum stands what as many of the others have on average; a mere table of the
+    training rows has as much there. Restricted loss: of the projection on the key waves in x0 + x1 and on the
+    mean, over all inputs. Excluded loss: without the key waves, over the training rows.
     """
     p, logits = m.p, m.logits
     s = (m.d.x[:, 0] + m.d.x[:, 1]) % p
@@ -504,8 +507,7 @@ def components(net, x):
 
 
 def unseen(m):
-    """`components` and targets of the validation and test rows, of so many that logits take 800 MB at
-    most."""
+    """`components` and targets of validation and test rows, of so many that logits take 800 MB at most."""
     x, y = m.d.part(torch.cat(m.rows[1:])[:int(2e8 / sum(m.d.classes))])
     return components(m.net, x), y.flatten()
 
@@ -698,8 +700,8 @@ def load_run(path, to=None, tau=0):
 
 @torch.no_grad()
 def measure(run, weights, moment, solver, key=None):
-    """All PARTS for the weights of one moment: numbers and short lists, arrays. key: not its own
-    frequencies."""
+    """All PARTS for the weights of one moment: numbers and short lists; arrays. key: the final weights' key
+    frequencies, None to find them."""
     logits, acts = run.forward(weights)
     d, p = run.data, run.p
     tau = run.tau or max(1, round(50 / 260 * (d.classes[0] // 2)))  # that of Zhou et al. 2024
@@ -808,8 +810,8 @@ def table(numbers):
 # ---------------------------------------------------------------- what runs came to
 
 def grok_epochs(acc, final):
-    """First epoch with accuracy >= 0.99, and the first from which it stays there, or None. acc (E,),
-    `final`."""
+    """First epoch with accuracy >= 0.99, and the first from which it stays there; None if there is none.
+    acc (E,) by epoch, then `final`."""
     up = np.append(acc, final) >= 0.99
     down = np.flatnonzero(~up)
     held = down[-1] + 1 if len(down) else 0
@@ -840,13 +842,13 @@ def scores(d, logits, parts, task_weight, valid_acc):
     def accuracies(rows):
         z, y = logits['test'][rows], parts['test'][1][rows]
         return task_losses(z, y, d.classes)[1].tolist() if rows.any() else [None] * len(tasks)
-    seen = accuracies(swapped)
-    unseen = accuracies(~swapped)
+    of_swapped = accuracies(swapped)
+    of_others = accuracies(~swapped)
     for i, task in enumerate(tasks):
         task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
         grid = d.y[:, i].view(p, p)
         if torch.equal(grid, grid.T):
-            task |= dict(test_acc_swapped_seen=seen[i], test_acc_swapped_unseen=unseen[i])
+            task |= dict(test_acc_swapped_seen=of_swapped[i], test_acc_swapped_unseen=of_others[i])
     return tasks, objective
 
 
@@ -868,8 +870,7 @@ def score_table(tasks):
 
 
 def rank(root, settings, folders):
-    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the ten best as
-    text."""
+    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the best, as text."""
     rows = []
     for setting, folder in zip(settings, map(Path, folders)):
         summary = folder / 'summary.json'
@@ -905,6 +906,7 @@ def command(r):
 
 
 def results():
+    """What is in the results file: a list of dicts, one per run."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
@@ -940,8 +942,7 @@ def report():
         return lambda r: f'{np.mean([task[f"{part}_acc"] for task in r["tasks"]]):.4f}'
 
     def latest(key):
-        never = float('inf')
-        return lambda r: show(max((t[key] for t in r['tasks']), key=lambda e: never if e is None else e))
+        return lambda r: show(max((t[key] for t in r['tasks']), key=lambda e: np.inf if e is None else e))
 
     def solved(r):
         return f'{sum(task["valid_acc"] == 1 for task in r["tasks"])}/{len(r["tasks"])}'
@@ -987,8 +988,8 @@ def main(argv):
     if args.embedding:
         W = load_matrix(Path(args.embedding))
         need(len(W) >= 8 and (W - W[0]).any(), f'{args.embedding} needs 8 rows that are not all alike')
-        found, times, by_chance, *_ = outliers(W)
-        found = ', '.join(f'{len(W) / k:.4g} ({high:.3g})' for k, high in zip(found, times)) or 'none'
+        found, high, by_chance, *_ = outliers(W)
+        found = ', '.join(f'{len(W) / f:.4g} ({height:.3g})' for f, height in zip(found, high)) or 'none'
         say(f'{args.embedding}: {len(W)} rows, {W.shape[1]} columns\nperiods that stand out, and by how many '
             f'times of the spectrum around them (by chance up to {by_chance:.3g}): {found}')
     if args.report:

@@ -26,9 +26,11 @@ FAN_IN = dict(he=HE, small=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD',
 class Transformer(nn.Module):
     """n_ops operation tokens beside p digits; the logits of all tasks side by side in n_classes columns."""
     activation = staticmethod(F.relu_)  # of the MLP; in place, for memory
+
     def __init__(self, p, d_model, n_heads, n_classes, n_ops=1, n_tasks=1, init='he'):
         super().__init__()
-        self.p, V, D, H, K = p, p + n_ops, d_model, n_heads, d_model // n_heads
+        V, D, H, K = p + n_ops, d_model, n_heads, d_model // n_heads
+        self.p = p
         size = dict(V=V, T=3, D=D, H=H, F=4 * D, Q=n_tasks)
 
         def weight(name, *shape):
@@ -48,10 +50,8 @@ class Transformer(nn.Module):
         """Token ids (N, 3) -> logits (N, C).
         drop: two masks, (1, D) for the whole batch or (N, D), already divided by the share they keep.
         acts: a dict that receives what analysis looks at, all of the last position.
-
-        Only the last position is read, so queries, W_O, MLP and W_U are needed there alone. A score or value
-        depends on token, position and operation alone, so that tables hold all there are. This is exact
-        algebra, a third of the work of the general form, to which the tests hold it.
+        Only this position is read, so queries, W_O, MLP and W_U are needed there alone. Scores and values
+        come from tables by token, position and operation. Exact, a third of the work of the general form.
         """
         H, D, K = self.W_Q.shape
         V = len(self.W_E)

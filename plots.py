@@ -1,7 +1,7 @@
 """From numbers to pictures: the figures of a run as RUN/figures/NAME.png and .svg. Nothing here trains.
 
     python plots.py out/miiii                  # every figure of one run
-    python plots.py out/miiii --only accuracy  # one of them; accuracy and loss also of a run at work
+    python plots.py out/miiii --only curves    # one; curves, accuracy and loss also of a run at work
     python plots.py out/miiii out/nanda        # of both, and comparisons in the first one's folder
     python plots.py --data                     # those that need no run, in out/figures
     python plots.py --embedding numbers.npy    # the spectrum of any matrix with a row per number
@@ -175,10 +175,10 @@ def spectrum(path):
     """How much of each frequency a matrix has over its rows. The numbers are the periods, in rows, of those
     that stand out."""
     W = analyze.load_matrix(Path(path))
-    found, _, _, norms, shuffled = analyze.outliers(W)
+    found, _, _, norms, noise = analyze.outliers(W)
     k = np.arange(1, len(norms) + 1)
     fig, ((ax, right),) = panels(1, 2, 2.6, width_ratios=(3, 1))
-    ax.fill_between(k, shuffled.min(0), shuffled.max(0), color='#DDDDDD', label='noise of as much power')
+    ax.fill_between(k, noise.min(0), noise.max(0), color='#DDDDDD', label='noise of as much power')
     ax.plot(k, norms, c=BLUE, label='rows in their order')
     for f in found:
         top = norms[min(round(f), len(k)) - 1]
@@ -211,7 +211,7 @@ def loss(run):
 def of_each_task(run, kind, label, **colours):
     r = run.records
     parts = dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
-    if run.config['dropout']:
+    if run.config['dropout'] or run.config.get('dropout_mlp'):
         parts['train'] += ', with dropout'
     if len(run.data.names) == 1:
         fig, ((ax,),) = panels(1, 1, 2.6)
@@ -268,7 +268,7 @@ def neuron(run):
     i = run.arrays['neuron_ids'][3]
     fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
     draw_neuron(axes[0], a, 3)
-    (q, k) = a['neuron_wave'][i]
+    q, k = a['neuron_wave'][i]
     share = a['neuron_wave_share'][i]
     axes[0, 0].set_title(f'neuron {i}: {share:.0%} of what needs both digits is waves of k/q = {k}/{q}')
     return fig
@@ -416,8 +416,8 @@ def bases(run):
 
 @figure('one')
 def pattern(run):
-    """The logit of answer 1 for all a = x0, b = x1, and its spectrum. Left in the order 0, 1, 2, …; right in
-    the order of discrete logarithms, in which a product is a sum."""
+    """The logit of answer 1 for all a = x0, b = x1, and its spectrum. Left in the order 0, 1, 2, …; right
+    by their discrete logarithms, in which a product is a sum."""
     grids = run.arrays['pattern']
     order = run.arrays['by_log']
     fig, axes = panels(len(grids), 4, 0.4 + 2.2 * len(grids))
@@ -563,8 +563,8 @@ def neurons(*runs):
 
 @figure('any')
 def attention(*runs):
-    """How much the last token attends x0. Above each head its mean attention to x0 less
-    that to x1: +1 looks at x0 alone, −1 at x1 alone."""
+    """How much the last token attends x0. Above each head its mean attention to x0 less that to x1: +1 looks
+    at x0 alone, −1 at x1 alone."""
     heads = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
     rows = [(run, operation) for run in runs for operation in range(run.data.n_ops)]
     fig, axes = panels(len(rows), heads, 0.6 + 7 / heads * len(rows))
@@ -634,8 +634,8 @@ def animate(run, what):
 
 
 def draw_file(file, draw, *args):
-    """A figure as file.png and file.svg, an animation as file.gif, or one line that says what it lacks. ->
-    whether it was drawn."""
+    """A figure as file.png and file.svg, an animation as file.gif, or one line that says what it lacks.
+    Returns whether it was drawn."""
     try:
         fig = draw(*args)
     except KeyError as e:

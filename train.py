@@ -48,7 +48,7 @@ option('seed', 0, 'seed of initial weights and dropout')
 option('data_seed', 0, 'seed of the split (and of the shuffle in basis)')
 option('d_model', 256, 'width D; the MLP has 4D neurons')
 option('n_heads', 4, 'attention heads; must divide d_model')
-option('init', 'small', 'initial scale: by the text of the paper, .3 of it, or by its code', *FAN_IN)
+option('init', 'small', 'initial scale: he, by the text of the paper; .3 of that; or by its code', *FAN_IN)
 option('dropout', 0.05, 'share of the residual stream dropped after attention')
 option('dropout_mlp', 0.2, 'and after the MLP; 0 = the same')
 option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
@@ -81,7 +81,7 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1,
                d_model=2 ** 14, epochs=10 ** 7)
-EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05)  # defaults
+EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05)  # former defaults
 FAST_NANDA = dict(train_frac=0.3, d_model=128, muon_decay=0.3, epochs=1000, spectra_every=256)
 ADAMW = EARLIER | dict(optimizer='adamw', decay_from=1.0, epochs=65536, spectra_every=256)
 PAPER = ADAMW | dict(lr=3e-4, weight_decay=1 / 3, lamb=0.5, init='reference', dropout_mask='batch')
