@@ -236,7 +236,8 @@ def curves(run):
         lines = dict(validation=r[f'valid_{kind}'].mean(1), training=r[f'train_{kind}'].mean(1))
         log_lines(ax, r['epoch'], lines)
     axes[0, 0].set_ylabel('accuracy')
-    axes[0, 1].set(ylabel='loss (nats)', yscale='log')
+    lowest = min(line.min() for line in lines.values())  # of the means: single tasks can go far below
+    axes[0, 1].set(ylabel='loss (nats)', yscale='log', ylim=(lowest / 3, None))
     return fig
 
 

@@ -427,14 +427,14 @@ def plain_scores(W, part, classes, drop=None):
 PINNED = {0: 5.118945, 1: 4.211175, 10: 1.398876, 39: 1.031196}  # epoch: mean of loss / ln q
 
 
-@pytest.mark.parametrize('epochs, alpha, decay, decay_from, pinned', [
-    (40, 0.98, 1.0, 0.4, PINNED),
-    (30, 0.9, 0.5, 1.0, {})])
-def test_a_run_against_a_plain_float64_twin(tmp_path, epochs, alpha, decay, decay_from, pinned):
+@pytest.mark.parametrize('epochs, focus, alpha, decay, decay_from, pinned', [
+    (40, 0, 0.98, 1.0, 0.4, PINNED),
+    (30, 1, 0.9, 0.5, 1.0, {})])
+def test_a_run_against_a_plain_float64_twin(tmp_path, epochs, focus, alpha, decay, decay_from, pinned):
     """The paper's model, loss, filter and schedule, and torch's own AdamW, written plainly in float64 from
     the same first weights: every record, the last weights and the memory of the filter."""
     words = '--optimizer adamw --lr 1e-3 --lamb 0.5 --dropout 0 --dropout_mlp 0 --init he'.split()
-    words += ['--epochs', epochs, '--alpha', alpha, '--weight_decay', decay, '--decay_from', decay_from]
+    words += ['--epochs', epochs, '--focus', focus, '--alpha', alpha, '--weight_decay', decay, '--decay_from', decay_from]
     folder = trained(tmp_path, *words)
     d, (train_rows, valid_rows, _) = data.make('miiii', 11), data.split(121, 0.5)
     W = start_in_float64(folder)
@@ -446,7 +446,8 @@ def test_a_run_against_a_plain_float64_twin(tmp_path, epochs, alpha, decay, deca
         loss, acc = plain_scores(W, d.part(train_rows), [2, 3, 5, 7])
         valid_loss, valid_acc = plain_scores(W, d.part(valid_rows), [2, 3, 5, 7])
         adamw.zero_grad()
-        (loss / ln_q).mean().backward()
+        objective = (loss * loss.detach()).sum() / loss.detach().sum() if focus else (loss / ln_q).mean()
+        objective.backward()
         norms = torch.stack([w.grad.norm() for w in W.values()])
         for name, w in W.items():
             memory[name] = alpha * memory[name] + (1 - alpha) * w.grad
@@ -547,7 +548,7 @@ def test_learning_rate_schedule(tmp_path):
 
 def test_a_mixture_is_the_mean_over_its_operations(tmp_path):
     """Operation by operation: gradient, loss and accuracy by torch's own, and the spectra of neurons."""
-    words = '--optimizer adamw --epochs 1 --dropout 0 --dropout_mlp 0 --spectra_every 1'.split()
+    words = '--optimizer adamw --epochs 1 --focus 0 --dropout 0 --dropout_mlp 0 --spectra_every 1'.split()
     folder = trained(tmp_path, *words, '--task', 'a*b,a+b,a-2', '--train_frac', 0.5)
     W, p, ours = start_in_float64(folder), 11, records(folder)
     assert W['W_E'].shape == (14, 32) and W['W_U'].shape == (32, 11)
@@ -2884,12 +2885,15 @@ def test_the_papers_values():
     paper = dict(
         p=113, train_frac=0.5, d_model=256, n_heads=4, epochs=65536, optimizer='adamw', lr=3e-4,
         init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mask='batch', lamb=0.5,
-        alpha=0.98)
+        alpha=0.98, focus=0)
     for_nanda = dict(train_frac=0.3, d_model=128, lr=1e-3, weight_decay=1, dropout=0, lamb=0, init='he')
     o = vars(train.parse(['--preset', 'paper']))
     assert o | paper == o
     o = vars(train.parse(['--preset', 'paper', '--task', 'nanda']))
     assert o | paper | dict(epochs=o['epochs'], dropout_mask='example') | for_nanda == o
+    o = vars(train.parse(['--preset', 'tenfold']))
+    assert o | paper | dict(preset='tenfold', epochs=o['epochs']) | train.TENFOLD == o
+    assert o['lr'] * o['weight_decay'] == pytest.approx(10 * paper['lr'] * paper['weight_decay'])
     given = train.parse(['--preset', 'paper', '--lr', '0.5'])  # wins over the preset
     assert given.lr == 0.5 and given.optimizer == 'adamw'
 
@@ -2901,7 +2905,7 @@ def test_defaults_are_what_a_run_records(tmp_path):
     assert data.load(tmp_path / 'ckpt.pt')['config'] == config
     assert summary(tmp_path)['changed'] == dict(epochs=1)
     fast = dict(
-        task='miiii', p=113, train_frac=0.5, optimizer='muon', lamb=0, epochs=2000, init='small')
+        task='miiii', p=113, train_frac=0.5, optimizer='muon', lamb=0, epochs=1500, init='small', focus=1)
     assert train.DEFAULTS | fast == train.DEFAULTS
 
 

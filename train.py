@@ -3,8 +3,6 @@
     python train.py                            # 29 tasks at once, p = 113, by a fast recipe
     python train.py --preset paper             # the same by the paper's recipe
     python train.py --task "a^2+b"             # nanda, add, or polynomials mod p; "a+b,a*b" share one network
-    python train.py --resume --out out/miiii   # go on where a run stopped
-    python train.py --sweep 20 --preset paper  # 20 settings of the paper's grid; once more goes on with them
 """
 import argparse
 import contextlib
@@ -31,8 +29,7 @@ import data
 from data import Refusal, need, refuse, say
 from model import FAN_IN, Muon, captured, fast_cpu, task_losses
 
-# ---------------------------------------------------------------- options
-# The defaults are the fast recipe for the 29 tasks; PRESETS below says what others change.
+# ---------------------------------------------------------------- options, by default the fast recipe
 
 OPTIONS = {}  # name: (default, help, choices)
 
@@ -56,18 +53,19 @@ option('init_from', '', 'start from the weights of another run folder, or W_E fr
 option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
 option('freeze', False, 'hold what was copied fixed')
 option('optimizer', 'muon', 'adamw for all matrices, or muon for all but W_E and W_pos', 'adamw', 'muon')
-option('lr', 1e-2, 'learning rate of AdamW')
+option('lr', 5e-3, 'learning rate of AdamW')
 option('weight_decay', 0.5, 'decoupled weight decay of AdamW')
 option('muon_lr', 0.1, 'learning rate of Muon')
-option('muon_decay', 0.1, 'decoupled weight decay of Muon')
+option('muon_decay', 0.2, 'decoupled weight decay of Muon')
 option('decay_from', 0.4, 'share of the run after which the rates fall linearly to zero; 1 = never')
+option('focus', 1.0, 'how much more a task counts that has a larger loss; 0 = not, by the paper')
 option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
 option('alpha', 0.98, 'memory of the gradient filter')
-option('epochs', 2000, 'full-batch steps')
+option('epochs', 1500, 'full-batch steps')
 option('precision', 'tf32', 'of matrix products; tf32 is float32 on a CPU', 'float32', 'tf32', 'bfloat16')
 option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (add has none)')
 option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
-option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper')
+option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper', 'tenfold')
 option('device', 'auto', 'auto, cpu, cuda or cuda:N')
 option('compile', 'auto', 'torch.compile, on CUDA one graph per epoch; auto = on CUDA', 'auto', 'on', 'off')
 option('out', '', 'run folder; out/TASK if not given')
@@ -81,16 +79,18 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1,
                d_model=2 ** 14, epochs=10 ** 7)
-EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05)  # former defaults
-FAST_NANDA = dict(train_frac=0.3, d_model=128, muon_decay=0.3, epochs=1000, spectra_every=256)
-ADAMW = EARLIER | dict(optimizer='adamw', decay_from=1.0, epochs=65536, spectra_every=256)
+EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05, focus=0.0)
+FAST_NANDA = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000, spectra_every=256)
+ADAMW = EARLIER | dict(optimizer='adamw', muon_decay=0.1, decay_from=1.0, epochs=65536, spectra_every=256)
 PAPER = ADAMW | dict(lr=3e-4, weight_decay=1 / 3, lamb=0.5, init='reference', dropout_mask='batch')
+TENFOLD = dict(lr=1e-3, weight_decay=1.0, dropout_mask='example', decay_from=0.7, epochs=10000)
 PAPER_NANDA = ADAMW | dict(train_frac=0.3, d_model=128, dropout=0.0, lr=1e-3, epochs=25000)
 PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
     fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
               add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
     paper=dict(miiii=PAPER, nanda=PAPER_NANDA, formula=PAPER_NANDA | dict(p=97),
                add=PAPER_NANDA | dict(p=261)))
+PRESETS['tenfold'] = PRESETS['paper'] | dict(miiii=PAPER | TENFOLD)  # ten times lr * weight_decay
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 TORCHRUN = os.environ if 'TORCHELASTIC_RUN_ID' in os.environ else {}
@@ -209,7 +209,8 @@ def train(o):
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
         loss, acc = evaluate(x_train, y_train, dropout_masks())
         model.zero_grad()
-        (task_weight @ loss).backward()
+        hardness = ln_q * loss.detach() / loss.detach().mean()
+        (task_weight * hardness ** o.focus @ loss).backward()
 
         with torch.no_grad():
             valid_loss, valid_acc = evaluate(x_valid, y_valid)
@@ -298,7 +299,7 @@ def train(o):
         stop = stop_signals(held)
         one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
         looked = saved = time.perf_counter()
-        looked_epoch, save_cost, last = epoch, 0.0, epoch == o.epochs
+        looked_epoch, last = epoch, epoch == o.epochs
         while not last:
             if o.decay_from < 1:  # the rates are constant, then fall linearly to zero
                 remaining = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
@@ -339,10 +340,9 @@ def train(o):
             if one_line:
                 line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
             say(line, end='' if one_line and not last else '\n')
-            if last or now - saved > max(30, 20 * save_cost):
+            if last or now - saved > 30:
                 save()
                 saved = time.perf_counter()
-                save_cost = saved - now
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
             with torch.no_grad(), bfloat16:
