@@ -1879,23 +1879,24 @@ def test_the_commands_of_the_shipped_results_give_their_options_back():
             assert getattr(again, name) == r['config'][name], (command, name)
 
 
-@pytest.mark.parametrize('task', ['miiii', 'nanda'])
-def test_the_shipped_runs_are_those_of_the_results(task):
-    """Their weights are right on all validation rows, and the results say what they hold."""
-    run = analyze.load_run(HERE / 'assets' / task)
+@pytest.mark.parametrize('name', ['miiii', 'nanda', 'tenfold'])
+def test_the_shipped_runs_are_those_of_the_results(name):
+    """Two are right on all validation rows, and the results say what each holds."""
+    run = analyze.load_run(HERE / 'assets' / name)
     numbers, arrays = analyze.measure(run, run.weights, 'snapshots', None)
-    assert (arrays['valid_accuracies'] == 1).all() and not run.notes
+    solved = name != 'tenfold'  # it is not, and its records are thinned out
+    assert (arrays['valid_accuracies'] == 1).all() == solved and not run.notes
     r, = (r for r in analyze.results() if r['config'] == run.config)
     shared = numbers.keys() & r['final'].keys()
     assert 'W_E Gini' in shared and 'heads: attention to x0 less x1' in shared
-    for name in shared:
-        ours, theirs = numbers_in(numbers[name]), numbers_in(r['final'][name])
-        assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-4), name
+    for label in shared:
+        ours, theirs = numbers_in(numbers[label]), numbers_in(r['final'][label])
+        assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-4), label
     x, y = run.data.part(run.rows[2])
     test_acc = task_losses(run.net(x), y, run.data.classes)[1].tolist()
-    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-3)
+    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-3 if solved else 1e-2)
     first = [analyze.grok_epochs(acc, 1)[0] for acc in run.records['valid_acc'].T]
-    assert [task['grok_epoch'] for task in r['tasks']] == first
+    assert [task['grok_epoch'] for task in r['tasks']] == first or not solved
 
 
 def test_what_is_shipped_is_small():

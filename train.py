@@ -209,7 +209,7 @@ def train(o):
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
         loss, acc = evaluate(x_train, y_train, dropout_masks())
         model.zero_grad()
-        hardness = ln_q * loss.detach() / loss.detach().mean()
+        hardness = ln_q * loss.detach() / loss.detach().mean().clamp(min=1e-30)
         (task_weight * hardness ** o.focus @ loss).backward()
 
         with torch.no_grad():
