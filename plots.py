@@ -235,9 +235,9 @@ def curves(run):
         ax.plot(r['epoch'] + 1, r[f'valid_{kind}'], c=GREY, lw=0.5, alpha=0.4)
         lines = dict(validation=r[f'valid_{kind}'].mean(1), training=r[f'train_{kind}'].mean(1))
         log_lines(ax, r['epoch'], lines)
+    lowest = min(r[f'{part}_loss'].mean(1).min() for part in ('train', 'valid'))
     axes[0, 0].set_ylabel('accuracy')
-    lowest = min(line.min() for line in lines.values())  # of the means: single tasks can go far below
-    axes[0, 1].set(ylabel='loss (nats)', yscale='log', ylim=(lowest / 3, None))
+    axes[0, 1].set(ylabel='loss (nats)', yscale='log', ylim=(lowest / 3, None))  # single tasks go far below
     return fig
 
 

@@ -434,7 +434,8 @@ def test_a_run_against_a_plain_float64_twin(tmp_path, epochs, focus, alpha, deca
     """The paper's model, loss, filter and schedule, and torch's own AdamW, written plainly in float64 from
     the same first weights: every record, the last weights and the memory of the filter."""
     words = '--optimizer adamw --lr 1e-3 --lamb 0.5 --dropout 0 --dropout_mlp 0 --init he'.split()
-    words += ['--epochs', epochs, '--focus', focus, '--alpha', alpha, '--weight_decay', decay, '--decay_from', decay_from]
+    words += ['--epochs', epochs, '--focus', focus, '--alpha', alpha]
+    words += ['--weight_decay', decay, '--decay_from', decay_from]
     folder = trained(tmp_path, *words)
     d, (train_rows, valid_rows, _) = data.make('miiii', 11), data.split(121, 0.5)
     W = start_in_float64(folder)
@@ -1884,7 +1885,7 @@ def test_the_shipped_runs_are_those_of_the_results(name):
     """Two are right on all validation rows, and the results say what each holds."""
     run = analyze.load_run(HERE / 'assets' / name)
     numbers, arrays = analyze.measure(run, run.weights, 'snapshots', None)
-    solved = name != 'tenfold'  # it is not, and its records are thinned out
+    solved = name != 'tenfold'  # which is not, and has thinned records
     assert (arrays['valid_accuracies'] == 1).all() == solved and not run.notes
     r, = (r for r in analyze.results() if r['config'] == run.config)
     shared = numbers.keys() & r['final'].keys()
@@ -1895,8 +1896,12 @@ def test_the_shipped_runs_are_those_of_the_results(name):
     x, y = run.data.part(run.rows[2])
     test_acc = task_losses(run.net(x), y, run.data.classes)[1].tolist()
     assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-3 if solved else 1e-2)
-    first = [analyze.grok_epochs(acc, 1)[0] for acc in run.records['valid_acc'].T]
-    assert [task['grok_epoch'] for task in r['tasks']] == first or not solved
+    known = [task['grok_epoch'] for task in r['tasks']]
+    last = [task['valid_acc'] for task in r['tasks']]
+    first = [analyze.grok_epochs(acc, end)[0] for acc, end in zip(run.records['valid_acc'].T, last)]
+    assert [epoch is None for epoch in known] == [epoch is None for epoch in first]
+    apart = [abs(a - b) / a for a, b in zip(known, first) if a]
+    assert max(apart) <= (0 if solved else 0.2)
 
 
 def test_what_is_shipped_is_small():
@@ -2893,7 +2898,8 @@ def test_the_papers_values():
     o = vars(train.parse(['--preset', 'paper', '--task', 'nanda']))
     assert o | paper | dict(epochs=o['epochs'], dropout_mask='example') | for_nanda == o
     o = vars(train.parse(['--preset', 'tenfold']))
-    assert o | paper | dict(preset='tenfold', epochs=o['epochs']) | train.TENFOLD == o
+    faster = dict(lr=1e-3, weight_decay=1, dropout_mask='example', decay_from=0.7, epochs=10000)
+    assert o | paper | faster == o
     assert o['lr'] * o['weight_decay'] == pytest.approx(10 * paper['lr'] * paper['weight_decay'])
     given = train.parse(['--preset', 'paper', '--lr', '0.5'])  # wins over the preset
     assert given.lr == 0.5 and given.optimizer == 'adamw'
