@@ -693,7 +693,8 @@ def load_run(path, to=None, tau=0):
         notes.append(f'{path} has no weight snapshots: nothing over snapshots')
     if o.get('init_from') and 0 not in snapshots:
         notes.append(f'{path} lacks the weights it began with: its null is from before they were copied')
-    return Run(path=path, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net, weights=ckpt['model'],
+    weights = {name: w.float() for name, w in ckpt['model'].items()}  # shipped runs have them in float16
+    return Run(path=path, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net, weights=weights,
                initial=snapshots.get(0, start), snapshots=snapshots, records=records, shipped=shipped,
                notes=notes, to=to and Path(to), tau=tau)
 

@@ -2400,7 +2400,7 @@ def test_the_start_tells_what_was_changed(tmp_path, capsys):
 
 @pytest.mark.parametrize('args, name', [
     ('--optimizer adamw --muon_lr 0.2', 'muon_lr'),
-    ('--optimizer adamw --muon_decay 0.2', 'muon_decay'),
+    ('--optimizer adamw --muon_decay 0.3', 'muon_decay'),
     ('--alpha 0.9', 'alpha'),
     ('--dropout 0 --dropout_mlp 0 --dropout_mask batch', 'dropout_mask'),
     ('--task add --spectra_every 7', 'spectra_every')])
