@@ -77,7 +77,7 @@ option('sweep_space', 'dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5
 
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
-AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1,
+AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1, focus=4,
                d_model=2 ** 14, epochs=10 ** 7)
 EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05, focus=0.0)
 FAST_NANDA = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000, spectra_every=256)
