@@ -15,10 +15,12 @@ import contextlib
 import functools
 import io
 import json
+import re
 import shlex
 import sys
 import time
 import warnings
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -589,6 +591,148 @@ def filters(m, draws=3):
     return out
 
 
+# ---------------------------------------------------------------- what fails when a part is taken out
+
+def owners(wave, share, one_modulus, bar=0.5):
+    """The group of each neuron, (F,): the q of its best wave (F, 2), or the k if there is one modulus. 0
+    where that wave has no more than `bar` of what needs both digits."""
+    return wave[:, int(one_modulus)] * (share > bar)
+
+
+def replaced(net, logits, neurons, group, values):
+    """The logits (n, C) when of the neurons (n, F) a group, (F,) bool, has other values (n, F)."""
+    return logits + (values - neurons)[:, group] @ (net.W_out[group] @ net.W_U)
+
+
+def lost(accuracy, whole, classes):
+    """What the learned tasks, those that have an accuracy of .9 in the whole network (Q,), lose at some other
+    accuracy (G, Q): shares of the way down to chance, (G, learned)."""
+    return ((whole - accuracy) / (whole - 1 / torch.tensor(classes)))[:, whole >= 0.9]
+
+
+def separation(accuracy, whole, classes):
+    """1 if each group serves its own task alone: without it that task falls to chance, and no other one loses
+    anything; 0 if another one loses as much.
+
+    accuracy (Q, Q): without the group of a task (row), of a task (column). The `lost` of the own task less
+    the largest of another, the mean over the groups of the learned tasks; two are needed.
+    """
+    loss = lost(accuracy, whole, classes)[whole >= 0.9]
+    largest_other = loss.clone().fill_diagonal_(-torch.inf).amax(1)
+    return (loss.diagonal() - largest_other).mean().item()
+
+
+def says_prime(logits, classes):
+    """Where no task says 0, that is, no modulus divides the number: (n,) bool."""
+    blocks = logits.split(classes, 1)
+    return ~torch.stack([block[:, 0] > block[:, 1:].amax(1) for block in blocks]).any(0)
+
+
+def circuits(m, draws=20):
+    """Which task needs which part: the network on rows that it was not trained on, with a part replaced by
+    its mean over all inputs. The neurons are in G groups, see `owners`. Accuracies of each task:
+
+    necessary    (G, Q)         without a group
+    resampled    (G, Q)         with the values of the group on other, random inputs, in place of the mean
+    sufficient   (G, Q)         without all the neurons that are not in the group
+    random       (draws, G, Q)  without as many random neurons, on 500 rows
+    as_strong    (draws, G, Q)  without random neurons that write as much, on 500 rows
+    heads        (.., Q)        without each head, then without each pair
+    frequencies  (p//2, Q)      without one frequency of the digits in W_E
+
+    losses (G, Q) belong to `necessary`. direct (G, Q): variance of what a group writes into the logits of a
+    task, by that of the logits. primes (1 + G,): on which share of the rows `says_prime` is right, with all
+    neurons and without each group.
+    """
+    net, d, p = m.net, m.d, m.p
+    rows = torch.cat(m.rows[1:])
+    y = d.y[rows]
+    logits = m.logits[rows]
+    neurons = m.acts['neurons'][rows]
+    mean = m.acts['neurons'].mean(0).expand_as(neurons)
+    g = torch.Generator().manual_seed(0)
+    elsewhere = m.acts['neurons'][torch.randperm(p * p, generator=g)[:len(rows)]]
+    one_modulus = len(set(d.classes)) == 1
+    best = m.found['neuron_wave'], m.found['neuron_wave_share'], one_modulus
+    owner = owners(*best)
+    names = owner[owner > 0].unique() if one_modulus else torch.tensor(d.classes)
+    groups = owner == names[:, None]                                                     # G F
+    found = dict(groups=names, group_sizes=groups.sum(1))
+
+    def outcome(all_logits):
+        pairs = [task_losses(z, y[:len(z)], d.classes) for z in all_logits]
+        return [torch.stack(some) for some in zip(*pairs)] or [torch.zeros(0, len(d.classes))] * 2
+
+    def without(groups, n=len(y), values=mean):
+        return (replaced(net, logits[:n], neurons[:n], group, values[:n]) for group in groups)
+
+    _, (whole,) = outcome([logits])
+    found['losses'], found['necessary'] = outcome(without(groups))
+    found['resampled'] = outcome(without(groups, values=elsewhere))[1]
+    nothing = replaced(net, logits, neurons, slice(None), mean)
+    found['sufficient'] = outcome(nothing + logits - z for z in without(groups))[1]
+
+    def power(z):
+        return torch.stack([(z - z.mean(1, keepdim=True)).var(0).sum() for z in z.split(d.classes, 1)])
+    of_all, of_mean = power(logits[:500]), [power(logits[:500] - z) for z in without(groups, 500)]
+    found['direct'] = torch.stack([*of_mean, of_all])[:-1] / of_all
+
+    strength = neurons.std(0) * (net.W_out @ net.W_U).norm(dim=1)
+    total = (groups * strength).sum(1, keepdim=True)
+    random, as_strong = [], []
+    for _ in range(draws):
+        order = torch.randperm(len(owner), generator=g)
+        random.append(outcome(without(groups[:, order], 500))[1])
+        up_to = (strength[order].cumsum(0) - strength[order] < total)[:, order.argsort()]
+        as_strong.append(outcome(without(up_to, 500))[1])
+    found['random'] = torch.stack(random)
+    found['as_strong'] = torch.stack(as_strong)
+
+    away = components(net, d.x)[1:-1]                                                    # H p^2 D
+    away -= away.mean(1, keepdim=True)
+    H = len(away)
+
+    def without_heads(some):
+        mid = (m.acts['resid_mid'] - away[list(some)].sum(0))[rows]
+        return (mid + net.activation(mid @ net.W_in) @ net.W_out) @ net.W_U
+    found['heads'] = outcome(without_heads(some) for n in (1, 2) for some in combinations(range(H), n))[1]
+
+    W_E = net.W_E[:p].clone()
+
+    def without_frequency(k):
+        kept = torch.fft.rfft(W_E, dim=0)
+        kept[k] = 0
+        net.W_E[:p] = torch.fft.irfft(kept, p, dim=0)
+        return net(d.x[rows])
+    found['frequencies'] = outcome(without_frequency(k) for k in range(1, p // 2 + 1))[1]
+    net.W_E[:p] = W_E
+
+    parts = {'group of neurons': found['necessary'], 'head': found['heads'][:H],
+             'pair of heads': found['heads'][H:], 'frequency of W_E': found['frequencies']}
+    for part, accuracy in parts.items():
+        broken = (lost(accuracy, whole, d.classes) > 0.5).sum(1).float()
+        found[f'tasks broken without one {part}'] = broken.mean().item() if len(broken) else None
+    if one_modulus:
+        return found
+    prime = (y != 0).all(1)
+    right = [(says_prime(z, d.classes) == prime).float().mean() for z in (logits, *without(groups))]
+    found['primes'] = torch.stack(right)
+    found['primes and others told apart'] = right[0].item()
+    found['told apart by always saying "no prime"'] = 1 - prime.float().mean().item()
+    found['tasks learned'] = (whole >= 0.9).sum().item()
+    if found['tasks learned'] < 2:
+        return found
+    found['separation'] = separation(found['necessary'], whole, d.classes)
+    found['separation, resampled'] = separation(found['resampled'], whole, d.classes)
+    for bar in (0.3, 0.7):
+        accuracy = outcome(without(owners(*best, bar) == names[:, None]))[1]
+        found[f'separation, neurons with more than {bar}'] = separation(accuracy, whole, d.classes)
+    for name in ('random', 'as_strong'):
+        nulls = [separation(accuracy, whole, d.classes) for accuracy in found[name]]
+        found[f'separation, {name}: least, mean, most'] = [min(nulls), sum(nulls) / draws, max(nulls)]
+    return found
+
+
 PARTS = {  # a function of m: the tasks that it is for (see `measure`), the moments at which it is measured
     embedding: ('any', 'final initial snapshots'),
     positions: ('any', 'final initial snapshots'),
@@ -599,7 +743,8 @@ PARTS = {  # a function of m: the tasks that it is for (see `measure`), the mome
     mechanism: ('one sum', 'final initial snapshots'),
     outcomes: ('any', 'final initial snapshots'),
     outputs: ('one set of classes', 'final initial'),
-    filters: ('one set of classes', 'final')}
+    filters: ('one set of classes', 'final'),
+    circuits: ('one operation', 'final')}
 # the arrays that are kept of every moment
 SMALL = ('W_E_norms', 'spectrum', 'train_losses', 'train_accuracies', 'valid_losses', 'valid_accuracies')
 
@@ -713,8 +858,8 @@ def measure(run, weights, moment, solver, key=None):
     mod_p = one_set and d.classes[0] == p
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
-             'one sum': one_sum}
-    found = {}
+             'one sum': one_sum, 'one operation': solver is not None and d.n_ops == 1}
+    m.found = found = {}
     for part, (kind, moments) in PARTS.items():
         if kinds[kind] and moment in moments.split():
             found |= part(m)
@@ -806,6 +951,51 @@ def table(numbers):
     if filtered:
         lines.append(aligned([['', *SCORES], *filtered]))
     return '\n'.join(lines)
+
+
+def formation(run):
+    """When the waves of each group come, and when its task is learned: groups (G,), and epochs (G,), (G,), at
+    which the share of the layer in the waves of the group, and the validation accuracy of its task, are first
+    half way from their first to their last values. Waves are recorded every --spectra_every epochs."""
+    r, classes = run.records, run.data.classes
+    one_modulus = len(set(classes)) == 1
+    total, alone = r['variance'].T
+    share = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
+    names = run.arrays['groups']
+    of_group = r['freqs'][:, int(one_modulus)] == names[:, None]                         # G B
+    share = share @ of_group.T
+    accuracy = r['valid_acc'][:, [0] * len(names) if one_modulus else slice(None)]
+    formed, learned = ((x >= (x[0] + x[-1]) / 2).argmax(0) for x in (share, accuracy))
+    return names, r['spectra_epoch'][formed], r['epoch'][learned]
+
+
+def surgery(run, names, keep=False):
+    """Accuracy of every task on rows that were not trained on, with all neurons and without those of some
+    groups, q or k; or without all others. As text. Raises Refusal where a group has no neurons."""
+    a, d = run.arrays, run.data
+    need('groups' in a, f'{run.path} has no groups of neurons: this is for one operation modulo something')
+    one_modulus = len(set(d.classes)) == 1
+    owner = owners(*(torch.tensor(a[name]) for name in ('neuron_wave', 'neuron_wave_share')), one_modulus)
+    sizes = {name: size for name, size in zip(a['groups'].tolist(), a['group_sizes'].tolist()) if size}
+    there = f'groups there: {show(list(sizes))}' if sizes else 'it has none at all'
+    need(set(names) <= sizes.keys(), f'{run.path} has no neurons for {show(names)}; {there}')
+    group = torch.isin(owner, torch.tensor(names))
+    group = ~group if keep else group
+    logits, acts = run.forward()
+    rows = torch.cat(run.rows[1:])
+    neurons = acts['neurons'][rows]
+    mean = acts['neurons'].mean(0).expand_as(neurons)
+    both = logits[rows], replaced(run.net, logits[rows], neurons, group, mean)
+    before, after = (task_losses(z, d.y[rows], d.classes)[1].tolist() for z in both)
+    table = [['task', 'all neurons', 'now'], *zip(d.names, before, after)]
+    if not one_modulus:
+        prime = (d.y[rows] != 0).all(1)
+        told = [(says_prime(z, d.classes) == prime).float().mean().item() for z in both]
+        table.append(['prime or not', *told])
+    what = 'with no neurons but' if keep else 'without'
+    kind = 'those of k' if one_modulus else 'those of q'
+    title = f'{run.path} {what} {kind} = {show(names)}: {group.sum()} of {len(group)} taken out'
+    return f'{title}; accuracy on {len(rows):,} numbers never seen\n{aligned(table)}'
 
 
 # ---------------------------------------------------------------- what runs came to
@@ -963,6 +1153,12 @@ def report():
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
+def listed(text):
+    """'17,23' -> [17, 23]. Raises Refusal."""
+    need(re.fullmatch(r'\d{1,9}(,\d{1,9})*', text), f'{text!r} is no list of numbers like 17,23')
+    return [int(number) for number in text.split(',')]
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -973,12 +1169,18 @@ def main(argv):
     option('--tau', type=int, default=0, help='highest low frequency over the classes (default: 50 of 260)')
     option('--collect', action='store_true', help='also put what the runs came to into assets/results.json')
     option('--report', action='store_true', help='print the table of all runs in there')
+    option('--cut', metavar='Q,Q', help='only the accuracies without the neurons of these q (one modulus: k)')
+    option('--keep', metavar='Q,Q', help='only the accuracies with no other neurons than these')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
     args = parser.parse_args(argv)
     need(args.runs or args.report or args.embedding, 'name a run folder, or --report, or --embedding FILE')
     need(args.tau >= 0 and not (args.tau and args.collect), '--tau is above 0, and not for --collect')
+    need(not (args.cut and args.keep), '--cut or --keep, not both')
     for path in map(Path, args.runs):
         run = load_run(path, Path(args.to, path.name) if args.to else path, args.tau)
+        if args.cut or args.keep:
+            say(surgery(run, listed(args.cut or args.keep), keep=not args.cut))
+            continue
         run.analysis = analyse(run)
         say(f'{path}\n{table(run.analysis[0])}\nall of it is in {run.to}/analysis.json and analysis.npz\n')
         for note in run.notes:

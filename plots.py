@@ -11,6 +11,7 @@ In a notebook: plots.mechanism(analyze.load_run('assets/nanda')) is a matplotlib
 """
 import argparse
 import functools
+import itertools
 import os
 import tempfile
 import textwrap
@@ -364,6 +365,72 @@ def clusters(run):
     bars.set_title(f'{pure.sum() or "no"} neurons have more than half in the waves of one (q, k)')
     if not pure.any():
         bars.set_axis_off()
+    return fig
+
+
+@figure('one')
+def circuits(run):
+    """Accuracy on numbers never seen, without the neurons whose wave belongs to one q (one modulus: to one
+    k). They are replaced by their mean. Right: without all other neurons."""
+    a = run.arrays
+    names, sizes = a['groups'], a['group_sizes']
+    if one_modulus(run):
+        fig, ((ax,),) = panels(1, 1, 2.4)
+        x = np.arange(len(names))
+        ax.bar(x - 0.2, a['necessary'][:, 0], 0.4, color=BLUE, label='without the neurons of k')
+        ax.bar(x + 0.2, a['sufficient'][:, 0], 0.4, color=ORANGE, label='with no others')
+        ax.set_xticks(x, [f'{k}\n{size}' for k, size in zip(names, sizes)])
+        ax.set(xlabel='frequency k, and how many neurons it has', ylabel='accuracy', ylim=(0, 1.3))
+        ax.legend(loc='upper center', ncols=2)
+        return fig
+    fig, ((ax, count, alone),) = panels(1, 3, 5.2, width_ratios=(6, 1, 1), sharey=True)
+    mesh = ax.imshow(a['necessary'], vmin=0, vmax=1, aspect='auto')
+    y = np.arange(len(names))
+    ax.set_yticks(y, names, fontsize=6)
+    ax.set_xticks(y, names, fontsize=6, rotation=90)
+    ax.set(xlabel='task n mod q', ylabel='without the neurons of q')
+    fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
+    count.barh(y, sizes, color=BLUE)
+    count.set(xlabel='neurons of q')
+    alone.barh(y, a['sufficient'].diagonal(), color=ORANGE)
+    alone.set(xlabel='accuracy of q\nwith no others', xlim=(0, 1))
+    return fig
+
+
+@figure('one')
+def shared(run):
+    """Accuracy on numbers never seen without one frequency of the digits in W_E, and without one or two heads
+    of attention."""
+    a, H = run.arrays, run.config['n_heads']
+    heads = [str(h) for h in range(H)] + [f'{h}, {i}' for h, i in itertools.combinations(range(H), 2)]
+    fig, axes = panels(1, 2, 4.6)
+    names = rows_of(run)
+    k = [str(i + 1) if i % 5 == 4 else '' for i in range(len(a['frequencies']))]
+    both = ((a['frequencies'], k, 'frequency k of W_E taken out'), (a['heads'], heads, 'heads taken out'))
+    for ax, (accuracy, labels, title) in zip(axes[0], both):
+        mesh = ax.imshow(accuracy, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
+        ax.set_yticks(range(len(labels)), labels, fontsize=6)
+        ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
+        ax.set(ylabel=title, xlabel='task' if one_modulus(run) else 'task n mod q')
+    fig.colorbar(mesh, ax=axes, label='accuracy', pad=0.02)
+    return fig
+
+
+@figure('one')
+def formation(run):
+    """When the waves of each group come into the neurons, and when its task is learned: both half way from
+    the first to the last value."""
+    names, formed, learned = analyze.formation(run)
+    fig, ((ax,),) = panels(1, 1, 2.9)
+    x = np.arange(len(names))
+    ax.vlines(x, formed + 1, learned + 1, colors=GREY, lw=0.8)
+    every = run.config['spectra_every']
+    ax.plot(x, formed + 1, 's', c=BLUE, ms=4, label=f'waves in the neurons (seen every {every} epochs)')
+    ax.plot(x, learned + 1, 'o', c=ORANGE, ms=4, label='accuracy on numbers never seen')
+    ax.set_xticks(x, names, fontsize=6, rotation=90 if len(names) > 12 else 0)
+    ax.set(xlabel='frequency k' if one_modulus(run) else 'task n mod q', ylabel='epoch + 1', yscale='log')
+    ax.set_title(f'in {(formed < learned).sum()} of {len(names)} the waves come first')
+    ax.legend()
     return fig
 
 

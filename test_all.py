@@ -1317,6 +1317,144 @@ def test_scores_of_attention():
     assert out['heads: attention to x0 less x1'] == [1, -1]
 
 
+# ---------------------------------------------------------------- parts taken out
+
+def planted_groups():
+    """Neurons and weights by hand over n < 121: n mod 5 and n mod 7 have neurons of their own, and "does 5
+    divide n" reads those of the first. One neuron is constant, and makes a net without waves say 0."""
+    n = torch.arange(121)
+    y = torch.stack([n % 5, n % 7, (n % 5 != 0).long()], 1)
+    classes = [5, 7, 2]
+    pairs = [(5, 1), (5, 2), (7, 1), (7, 2), (7, 3)]
+    columns, W_U = [], []
+    for q, k in pairs:
+        for wave in (torch.cos, torch.sin):
+            columns.append(wave(2 * torch.pi * k * n / q))
+            of_5, of_7 = (10 * wave(2 * torch.pi * k * torch.arange(c) / c) * (q == c) for c in (5, 7))
+            divides = torch.tensor([10.0, 0.0]) * (q == 5) * (wave is torch.cos)
+            W_U.append(torch.cat([of_5, of_7, divides]))
+    columns.append(torch.ones(121))
+    says_0 = torch.zeros(14)
+    says_0[[0, 5]] = 0.1
+    says_0[13] = 6  # 5 divides n if the two cosines make more
+    W_U.append(says_0)
+    neurons = torch.stack(columns, 1)
+    W_U = torch.stack(W_U)
+    d = data.make('miiii', 11)._replace(y=y, classes=classes, names=['5', '7', '5 | n'])
+    net = Transformer(11, 44, 1, 14).requires_grad_(False)
+    net.W_out.zero_()
+    net.W_out[:11, :11] = torch.eye(11)
+    net.W_U.zero_()
+    net.W_U[:11] = W_U
+    padded = F.pad(neurons, (0, 176 - 11))
+    waves = torch.tensor([pair for pair in pairs for _ in 'cs'] + [(2, 1)] * 166)
+    found = dict(neuron_wave=waves, neuron_wave_share=torch.tensor([0.9] * 10 + [0.0] * 166))
+    acts = dict(neurons=padded, resid_mid=torch.zeros(121, 44))
+    rows = data.split(121, 0.3)
+    return SimpleNamespace(net=net, d=d, p=11, rows=rows, logits=neurons @ W_U, acts=acts, found=found)
+
+
+def test_planted_groups_and_what_fails_without_them():
+    m = planted_groups()
+    out = analyze.circuits(m, draws=3)
+    y = m.d.y[torch.cat(m.rows[1:])]
+    by_class_0 = (y == 0).float().mean(0)  # what remains for a task without its neurons
+    by_class_1 = (y == 1).float().mean(0)
+    a, b, divides = by_class_0[0], by_class_0[1], by_class_1[2]
+    assert out['groups'].tolist() == [5, 7, 2] and out['group_sizes'].tolist() == [4, 6, 0]
+    assert torch.allclose(out['necessary'], torch.tensor([[a, 1, divides], [1, b, 1], [1, 1, 1]]))
+    assert torch.allclose(out['sufficient'], torch.tensor([[1, b, 1], [a, 1, divides], [a, b, divides]]))
+    assert torch.allclose(out['direct'][:, :2], torch.tensor([[1., 0], [0, 1], [0, 0]]), atol=1e-5)
+    assert out['direct'][0, 2] == pytest.approx(1) and not out['direct'][1:, 2].any()
+    assert (out['losses'][out['necessary'] == 1] < 0.5).all() and (out['losses'][0, 0] > 1)
+    for null in (out['random'], out['as_strong']):
+        assert null.shape == (3, 3, 3) and (null[:, 2] == 1).all()  # no neurons, nothing lost
+    assert out['tasks learned'] == 3
+    own = torch.stack([(1 - a) / (4 / 5) - (1 - divides) / (1 / 2), (1 - b) / (6 / 7), torch.zeros(())])
+    assert out['separation'] == pytest.approx(own.mean().item(), abs=1e-5)
+    prime = (y != 0).all(1).float().mean().item()
+    assert out['primes'].tolist() == pytest.approx([1, 1 - prime, 1 - prime, 1])  # without it all say 0
+    assert out['told apart by always saying "no prime"'] == pytest.approx(1 - prime)
+
+
+def test_separation_in_known_cases():
+    classes = [2, 5, 11]
+    chance = 1 / torch.tensor(classes)
+    whole = torch.ones(3)
+    apart = torch.where(torch.eye(3, dtype=bool), chance, 1)
+    assert analyze.separation(apart, whole, classes) == pytest.approx(1)
+    assert analyze.separation(chance.repeat(3, 1), whole, classes) == pytest.approx(0)
+    assert analyze.separation(torch.ones(3, 3), whole, classes) == pytest.approx(0)
+    apart[0, 2] = chance[2]  # the group of the first task serves the third, too
+    assert analyze.separation(apart, whole, classes) == pytest.approx(2 / 3)
+    assert analyze.separation(apart, torch.tensor([1, 1, 0.5]), classes) == pytest.approx(1)  # not learned
+
+
+def test_parts_taken_out_by_brute_force():
+    """Neurons, heads and frequencies of a random network against plain forward passes in float64."""
+    d, rows = data.make('miiii', 11), data.split(121, 0.4)
+    torch.manual_seed(3)
+    net = Transformer(11, 32, 2, 17).requires_grad_(False)
+    net.W_U *= 30
+    acts = {}
+    logits = net(d.x, acts=acts)
+    g = seeded(4)
+    q = torch.tensor(d.classes)[torch.randint(4, (128,), generator=g)]
+    share = torch.rand(128, generator=g)
+    found = dict(neuron_wave=torch.stack([q, q], 1), neuron_wave_share=share)
+    m = SimpleNamespace(net=net, d=d, p=11, rows=rows, logits=logits, acts=acts, found=found)
+    out = analyze.circuits(m, draws=2)
+    unseen = torch.cat(rows[1:])
+    W = {name: w.double() for name, w in net.state_dict().items()}
+
+    def accuracy(z):
+        guesses = torch.stack([block.argmax(1) for block in z[unseen].split(d.classes, 1)], 1)
+        return (guesses == d.y[unseen]).float().mean(0)
+    neurons, mid = acts['neurons'].double(), acts['resid_mid'].double()
+    for i, modulus in enumerate(d.classes):
+        group = (q == modulus) & (share > 0.5)
+        for name, taken in (('necessary', group), ('sufficient', ~group)):
+            changed = torch.where(taken, neurons.mean(0), neurons)
+            expected = accuracy((mid + changed @ W['W_out']) @ W['W_U'])
+            assert torch.allclose(out[name][i], expected, atol=0.02), name
+    assert (out['necessary'] != out['necessary'][0]).any()
+
+    def of_heads(kept):
+        z = mid.clone()
+        for h in range(2):
+            head = torch.einsum('nt,ntk,kd->nd', acts['att'][..., h].double(),
+                                (W['W_E'][d.x] + W['W_pos']) @ W['W_V'][h], W['W_O'][h])
+            z = z if h in kept else z - head + head.mean(0)
+        return accuracy((z + (z @ W['W_in']).relu() @ W['W_out']) @ W['W_U'])
+    expected = torch.stack([of_heads([1]), of_heads([0]), of_heads([])])
+    assert torch.allclose(out['heads'], expected, atol=0.02)
+
+    n = torch.arange(11, dtype=torch.float64)[:, None]
+    for k in range(1, 6):
+        basis = torch.cat([wave(2 * torch.pi * k * n / 11) for wave in (torch.cos, torch.sin)], 1)
+        changed = W['W_E'].clone()
+        changed[:11] -= basis @ torch.linalg.lstsq(basis, changed[:11]).solution
+        expected = accuracy(plain_forward(W | dict(W_E=changed), d.x))
+        assert torch.allclose(out['frequencies'][k - 1], expected, atol=0.02)
+    assert torch.equal(net(d.x), logits)  # the network is as it was
+
+
+def test_groups_of_one_modulus_and_surgery(modular, capsys):
+    """Every key is a group. Without all of them nothing is left, without all others nothing is lost."""
+    assert modular.arrays['groups'].tolist() == KEYS and modular.arrays['group_sizes'].tolist() == [16] * 3
+    folder = modular.path
+
+    def now(*args):
+        *_, line = lines_of(capsys, analyze.main, folder, *args)
+        name, before, after = line.rsplit(maxsplit=2)
+        assert before == '1' and name == '(x0 + x1) mod 31'
+        return float(after)
+    assert now('--keep', '3,7,12') == 1
+    assert now('--cut', '3,7,12') < 0.1
+    for name, option in (('necessary', '--cut'), ('sufficient', '--keep')):
+        assert now(option, 7) == pytest.approx(modular.arrays[name][1, 0], abs=1e-3)
+
+
 # ---------------------------------------------------------------- analysis and figures of run folders
 
 @pytest.fixture(scope='module')
@@ -1537,8 +1675,9 @@ def test_weights_in_transformer_lens():
 # figures that a run has no numbers for
 OF_ONE_MODULUS = {'mechanism', 'bases', 'pattern', 'components', 'filters', 'density'}
 OF_WAVES = {'neuron', 'waves', 'variance', 'omega', 'clusters', 'neurons'}
-LACKING = dict(nanda=set(), miiii=OF_ONE_MODULUS, formulas={'mechanism'},
-               sums=OF_WAVES | OF_ONE_MODULUS - {'components', 'filters'})
+OF_GROUPS = {'circuits', 'shared', 'formation'}
+LACKING = dict(nanda=set(), miiii=OF_ONE_MODULUS, formulas={'mechanism'} | OF_GROUPS,
+               sums=OF_WAVES | OF_GROUPS | OF_ONE_MODULUS - {'components', 'filters'})
 
 
 @pytest.fixture
@@ -1660,6 +1799,39 @@ def test_figures_of_many_tasks_show_the_numbers(runs):
     mod_2 = plots.targets().axes[0].collections[0].get_paths()  # n mod 2 = 1 at odd x0 + x1
     squares = [tuple(path.vertices[:4].mean(0).round()) for path in mod_2]
     assert sorted(squares) == [(x1, x0) for x1 in range(11) for x0 in range(11) if (x0 + x1) % 2]
+
+
+def test_when_waves_and_tasks_come(runs):
+    """Half way up, each by its own epochs: 5 first in the waves, then in the task, and 3 the other way."""
+    freqs = analyze.wave_freqs([3, 5])
+    up = np.array([[0, 0, 4, 4], [0, 2, 4, 4], [0, 2, 4, 4]]).T.astype(float)  # (3, 1), (5, 1), (5, 2)
+    acc = np.zeros((40, 2))
+    acc[5:, 0] = acc[25:, 1] = 1
+    records = dict(freqs=freqs.numpy(), sum_power=up, variance=np.array([[100, 0.0]] * 4), valid_acc=acc,
+                   spectra_epoch=np.arange(4) * 10, epoch=np.arange(40))
+    d = SimpleNamespace(classes=[3, 5], names=['n mod 3', 'n mod 5'])
+    other = analyze.Run(**vars(runs['miiii']) | dict(data=d, records=records,
+                                                     analysis=({}, dict(groups=np.array([3, 5])))))
+    names, formed, learned = analyze.formation(other)
+    assert formed.tolist() == [20, 10] and learned.tolist() == [5, 25]
+    marks = {line.get_label(): line.get_ydata() - 1 for line in plots.formation(other).axes[0].lines}
+    assert [y.tolist() for y in marks.values()] == [[20, 10], [5, 25]]
+
+
+def test_figures_of_circuits_show_the_numbers(runs):
+    run = runs['miiii']
+    a = run.arrays
+    Q = len(a['groups'])
+    matrix = np.arange(Q * Q).reshape(Q, Q) / Q ** 2  # row: the group that is taken out
+    changed = a | dict(necessary=matrix, sufficient=matrix.T, group_sizes=np.arange(Q))
+    other = analyze.Run(**vars(run) | dict(analysis=(run.analysis[0], changed)))
+    ax, count, alone, _ = plots.circuits(other).axes
+    assert np.array_equal(image(ax), matrix) and ax.get_ylabel().startswith('without')
+    assert [bar.get_width() for bar in count.patches] == list(range(Q))
+    assert np.allclose([bar.get_width() for bar in alone.patches], matrix.diagonal())
+    frequencies, heads, _ = plots.shared(run).axes
+    assert np.array_equal(image(frequencies), a['frequencies']) and np.array_equal(image(heads), a['heads'])
+    assert [label.get_text() for label in heads.get_yticklabels()] == ['0', '1', '0, 1']
 
 
 @pytest.mark.parametrize('moduli', [[2, 3, 5, 7], [7, 2, 5, 3]])
@@ -1960,6 +2132,10 @@ DAMAGED = dict(  # a file of nanda, and what it holds now: bytes, nothing, that 
     analyze | good --tau 2 --collect | not for --collect
     analyze | good --ta 2 | --ta
     analyze | miiii --tau 2 | --tau is for tasks of one set of classes
+    analyze | miiii --cut 4 | has no neurons for 4; 
+    analyze | miiii --cut 3, | no list of numbers
+    analyze | miiii --cut 3 --keep 5 | not both
+    analyze | formulas --keep 3 | has no groups of neurons
     analyze | no_run | there is no {folder}/ckpt.pt
     analyze | half_run | ckpt.pt is truncated
     analyze | no_options | belong together
