@@ -630,7 +630,8 @@ def says_prime(logits, classes):
 
 def circuits(m, draws=20):
     """Which task needs which part: the network on rows that it was not trained on, with a part replaced by
-    its mean over all inputs. The neurons are in G groups, see `owners`. Accuracies of each task:
+    its mean over all inputs. The neurons are in G groups, see `owners`; if there are none, that is all there
+    is to say. Accuracies of each task:
 
     necessary    (G, Q)         without a group
     resampled    (G, Q)         with the values of the group on other, random inputs, in place of the mean
@@ -658,10 +659,12 @@ def circuits(m, draws=20):
     names = owner[owner > 0].unique() if one_modulus else torch.tensor(d.classes)
     groups = owner == names[:, None]                                                     # G F
     found = dict(groups=names, group_sizes=groups.sum(1))
+    if not groups.any():
+        return found
 
     def outcome(all_logits):
         pairs = [task_losses(z, y[:len(z)], d.classes) for z in all_logits]
-        return [torch.stack(some) for some in zip(*pairs)] or [torch.zeros(0, len(d.classes))] * 2
+        return [torch.stack(some) for some in zip(*pairs)]
 
     def without(groups, n=len(y), values=mean):
         return (replaced(net, logits[:n], neurons[:n], group, values[:n]) for group in groups)
@@ -672,10 +675,11 @@ def circuits(m, draws=20):
     nothing = replaced(net, logits, neurons, slice(None), mean)
     found['sufficient'] = outcome(nothing + logits - z for z in without(groups))[1]
 
-    def power(z):
-        return torch.stack([(z - z.mean(1, keepdim=True)).var(0).sum() for z in z.split(d.classes, 1)])
-    of_all, of_mean = power(logits[:500]), [power(logits[:500] - z) for z in without(groups, 500)]
-    found['direct'] = torch.stack([*of_mean, of_all])[:-1] / of_all
+    def power(logits):
+        blocks = logits.split(d.classes, 1)
+        return torch.stack([(block - block.mean(1, keepdim=True)).var(0).sum() for block in blocks])
+    written = [power(logits[:500] - z) for z in without(groups, 500)]
+    found['direct'] = torch.stack(written) / power(logits[:500])
 
     strength = neurons.std(0) * (net.W_out @ net.W_U).norm(dim=1)
     total = (groups * strength).sum(1, keepdim=True)
@@ -711,7 +715,7 @@ def circuits(m, draws=20):
              'pair of heads': found['heads'][H:], 'frequency of W_E': found['frequencies']}
     for part, accuracy in parts.items():
         broken = (lost(accuracy, whole, d.classes) > 0.5).sum(1).float()
-        found[f'tasks broken without one {part}'] = broken.mean().item() if len(broken) else None
+        found[f'tasks broken without one {part}'] = broken.mean().item() if len(broken) else 0.0
     if one_modulus:
         return found
     prime = (y != 0).all(1)

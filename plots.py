@@ -370,8 +370,8 @@ def clusters(run):
 
 @figure('one')
 def circuits(run):
-    """Accuracy on numbers never seen, without the neurons whose wave belongs to one q (one modulus: to one
-    k). They are replaced by their mean. Right: without all other neurons."""
+    """Accuracy on numbers never seen without the neurons of one q, and, right, without all others. A neuron is
+    of the q of its wave (of the k, if there is one modulus); taken out, it is replaced by its mean."""
     a = run.arrays
     names, sizes = a['groups'], a['group_sizes']
     if one_modulus(run):
@@ -423,12 +423,12 @@ def formation(run):
     names, formed, learned = analyze.formation(run)
     fig, ((ax,),) = panels(1, 1, 2.9)
     x = np.arange(len(names))
-    ax.vlines(x, formed + 1, learned + 1, colors=GREY, lw=0.8)
+    ax.vlines(x, formed, learned, colors=GREY, lw=0.8)
     every = run.config['spectra_every']
-    ax.plot(x, formed + 1, 's', c=BLUE, ms=4, label=f'waves in the neurons (seen every {every} epochs)')
-    ax.plot(x, learned + 1, 'o', c=ORANGE, ms=4, label='accuracy on numbers never seen')
+    ax.plot(x, formed, 's', c=BLUE, ms=4, label=f'waves in the neurons (seen every {every} epochs)')
+    ax.plot(x, learned, 'o', c=ORANGE, ms=4, label='accuracy on numbers never seen')
     ax.set_xticks(x, names, fontsize=6, rotation=90 if len(names) > 12 else 0)
-    ax.set(xlabel='frequency k' if one_modulus(run) else 'task n mod q', ylabel='epoch + 1', yscale='log')
+    ax.set(xlabel='frequency k' if one_modulus(run) else 'task n mod q', ylabel='epoch', ylim=(0, None))
     ax.set_title(f'in {(formed < learned).sum()} of {len(names)} the waves come first')
     ax.legend()
     return fig

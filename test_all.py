@@ -1814,7 +1814,7 @@ def test_when_waves_and_tasks_come(runs):
                                                      analysis=({}, dict(groups=np.array([3, 5])))))
     names, formed, learned = analyze.formation(other)
     assert formed.tolist() == [20, 10] and learned.tolist() == [5, 25]
-    marks = {line.get_label(): line.get_ydata() - 1 for line in plots.formation(other).axes[0].lines}
+    marks = {line.get_label(): line.get_ydata() for line in plots.formation(other).axes[0].lines}
     assert [y.tolist() for y in marks.values()] == [[20, 10], [5, 25]]
 
 
