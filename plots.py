@@ -370,8 +370,8 @@ def clusters(run):
 
 @figure('one')
 def circuits(run):
-    """Accuracy on numbers never seen without the neurons of one q, and, right, without all others. A neuron is
-    of the q of its wave (of the k, if there is one modulus); taken out, it is replaced by its mean."""
+    """Accuracy on numbers never seen with the neurons of one q at their mean; right, with all others at
+    theirs. A neuron is of the q of its wave, or of the k if there is one modulus."""
     a = run.arrays
     names, sizes = a['groups'], a['group_sizes']
     if one_modulus(run):
