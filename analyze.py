@@ -316,8 +316,9 @@ def carried(share, p):
 
 # ---------------------------------------------------------------- the parts of a network
 # m is a network at one moment: net, d (data), p, rows (train, valid, test), logits (p^2, columns), acts, and
-# solver, key, tau (see `measure`). A number, or a short list of numbers, goes into the printed table under
-# its name; a tensor goes into analysis.npz. The neurons of each operation stand side by side: F in all.
+# solver, key, tau (see `measure`), found (by the parts before). A number, or a short list of numbers, goes
+# into the printed table under its name; a tensor goes into analysis.npz. The neurons of each operation stand
+# side by side: F in all.
 
 def embedding(m):
     """W_E of the digits (p, D): singular values, p-DFT over the digits (figures 8 to 13 of the paper)."""
@@ -593,6 +594,9 @@ def filters(m, draws=3):
 
 # ---------------------------------------------------------------- what fails when a part is taken out
 
+LEARNED = 0.9  # accuracy from which a task counts as learned
+
+
 def owners(wave, share, one_modulus, bar=0.5):
     """The group of each neuron, (F,): the q of its best wave (F, 2), or the k if there is one modulus. 0
     where that wave has no more than `bar` of what needs both digits."""
@@ -605,21 +609,32 @@ def replaced(net, logits, neurons, group, values):
 
 
 def lost(accuracy, whole, classes):
-    """What the learned tasks, those that have an accuracy of .9 in the whole network (Q,), lose at some other
-    accuracy (G, Q): shares of the way down to chance, (G, learned)."""
-    return ((whole - accuracy) / (whole - 1 / torch.tensor(classes)))[:, whole >= 0.9]
+    """What each learned task loses at some accuracy (G, Q) against that of the whole network (Q,), as a share
+    of the way down to chance: (G, learned)."""
+    return ((whole - accuracy) / (whole - 1 / torch.tensor(classes)))[:, whole >= LEARNED]
 
 
-def separation(accuracy, whole, classes):
-    """1 if each group serves its own task alone: without it that task falls to chance, and no other one loses
-    anything; 0 if another one loses as much.
+def separations(accuracy, whole, classes):
+    """How far each group serves its own task alone, for the groups of the learned tasks, two at least: 1 if
+    without it that task falls to chance and no other one loses anything, 0 if another one loses as much.
 
-    accuracy (Q, Q): without the group of a task (row), of a task (column). The `lost` of the own task less
-    the largest of another, the mean over the groups of the learned tasks; two are needed.
+    accuracy (Q, Q): without the group of a task (row), of a task (column). What the own task has `lost`, less
+    the largest loss of another.
     """
-    loss = lost(accuracy, whole, classes)[whole >= 0.9]
-    largest_other = loss.clone().fill_diagonal_(-torch.inf).amax(1)
-    return (loss.diagonal() - largest_other).mean().item()
+    losses = lost(accuracy, whole, classes)[whole >= LEARNED]
+    of_others = losses.clone().fill_diagonal_(-torch.inf)
+    return losses.diagonal() - of_others.amax(1)
+
+
+def random_groups(groups, strength, generator):
+    """As many random neurons as in each group (G, F), and random neurons of at least the same total strength,
+    with one less below it: two times (G, F) bool. strength (F,)."""
+    order = torch.randperm(len(strength), generator=generator)
+    total = (groups * strength).sum(1, keepdim=True)
+    before = strength[order].cumsum(0) - strength[order]
+    as_strong = torch.zeros_like(groups)
+    as_strong[:, order] = before < total
+    return groups[:, order], as_strong
 
 
 def says_prime(logits, classes):
@@ -628,78 +643,123 @@ def says_prime(logits, classes):
     return ~torch.stack([block[:, 0] > block[:, 1:].amax(1) for block in blocks]).any(0)
 
 
+def outcome(all_logits, y, classes):
+    """Losses and accuracies (G, Q), (G, Q) of several logits (n, C)."""
+    pairs = [task_losses(logits, y[:len(logits)], classes) for logits in all_logits]
+    return [torch.stack(values) for values in zip(*pairs)]
+
+
+def some_unseen(m, most=10000):
+    """Rows of validation and test, 10,000 at most, and the accuracy of the network there, (Q,)."""
+    rows = torch.cat(m.rows[1:])[:most]
+    return rows, outcome([m.logits[rows]], m.d.y[rows], m.d.classes)[1][0]
+
+
 def circuits(m, draws=20):
-    """Which task needs which part: the network on rows that it was not trained on, with a part replaced by
-    its mean over all inputs. The neurons are in G groups, see `owners`; if there are none, that is all there
-    is to say. Accuracies of each task:
+    """Which task needs which neurons, on rows that were not trained on. The neurons are in G groups, see
+    `owners`; if there are none, that is all. Accuracies of each task:
 
-    necessary    (G, Q)         without a group
-    resampled    (G, Q)         with the values of the group on other, random inputs, in place of the mean
-    sufficient   (G, Q)         without all the neurons that are not in the group
-    random       (draws, G, Q)  without as many random neurons, on 500 rows
-    as_strong    (draws, G, Q)  without random neurons that write as much, on 500 rows
-    heads        (.., Q)        without each head, then without each pair
-    frequencies  (p//2, Q)      without one frequency of the digits in W_E
+    necessary    (G, Q)         with the neurons of a group at their means over all inputs
+    resampled    (G, Q)         with these neurons at their values on other, random inputs
+    sufficient   (G, Q)         with all other neurons at their means
+    random       (draws, G, Q)  with as many random neurons at their means, on 500 rows
+    as_strong    (draws, G, Q)  with random neurons that write as much at their means, on 500 rows
 
-    losses (G, Q) belong to `necessary`. direct (G, Q): variance of what a group writes into the logits of a
-    task, by that of the logits. primes (1 + G,): on which share of the rows `says_prime` is right, with all
-    neurons and without each group.
+    necessary_losses (G, Q) are the losses. written (G, Q): variance over the inputs of what a group writes
+    into the logits of a task, divided by that of these logits. primes (1 + G,): the share of the rows about
+    which `says_prime` is right, with all neurons and without each group.
     """
     net, d, p = m.net, m.d, m.p
-    rows = torch.cat(m.rows[1:])
+    one_modulus = len(set(d.classes)) == 1
+    best_waves = m.found['neuron_wave'], m.found['neuron_wave_share'], one_modulus
+    owner = owners(*best_waves)
+    names = owner[owner > 0].unique() if one_modulus else torch.tensor(d.classes)
+    groups = owner == names[:, None]                                                     # G F
+    if not groups.any():
+        return {}
+    rows, whole = some_unseen(m)
     y = d.y[rows]
     logits = m.logits[rows]
     neurons = m.acts['neurons'][rows]
     mean = m.acts['neurons'].mean(0).expand_as(neurons)
     g = torch.Generator().manual_seed(0)
     elsewhere = m.acts['neurons'][torch.randperm(p * p, generator=g)[:len(rows)]]
-    one_modulus = len(set(d.classes)) == 1
-    best = m.found['neuron_wave'], m.found['neuron_wave_share'], one_modulus
-    owner = owners(*best)
-    names = owner[owner > 0].unique() if one_modulus else torch.tensor(d.classes)
-    groups = owner == names[:, None]                                                     # G F
-    found = dict(groups=names, group_sizes=groups.sum(1))
-    if not groups.any():
-        return found
 
-    def outcome(all_logits):
-        pairs = [task_losses(z, y[:len(z)], d.classes) for z in all_logits]
-        return [torch.stack(some) for some in zip(*pairs)]
-
-    def without(groups, n=len(y), values=mean):
+    def cut(groups, n=len(rows), values=mean):
         return (replaced(net, logits[:n], neurons[:n], group, values[:n]) for group in groups)
 
-    _, (whole,) = outcome([logits])
-    found['losses'], found['necessary'] = outcome(without(groups))
-    found['resampled'] = outcome(without(groups, values=elsewhere))[1]
-    nothing = replaced(net, logits, neurons, slice(None), mean)
-    found['sufficient'] = outcome(nothing + logits - z for z in without(groups))[1]
+    def accuracies(all_logits):
+        return outcome(all_logits, y, d.classes)[1]
 
-    def power(logits):
+    found = dict(groups=names, group_sizes=groups.sum(1))
+    found['necessary_losses'], found['necessary'] = outcome(cut(groups), y, d.classes)
+    found['resampled'] = accuracies(cut(groups, values=elsewhere))
+    nothing = replaced(net, logits, neurons, slice(None), mean)
+    found['sufficient'] = accuracies(nothing + logits - z for z in cut(groups))
+
+    few = 500
+    strength = neurons.std(0) * (net.W_out @ net.W_U).norm(dim=1)
+    drawn = [random_groups(groups, strength, g) for _ in range(draws)]
+    found['random'] = torch.stack([accuracies(cut(some, few)) for some, _ in drawn])
+    found['as_strong'] = torch.stack([accuracies(cut(some, few)) for _, some in drawn])
+
+    def variances(logits):
         blocks = logits.split(d.classes, 1)
         return torch.stack([(block - block.mean(1, keepdim=True)).var(0).sum() for block in blocks])
-    written = [power(logits[:500] - z) for z in without(groups, 500)]
-    found['direct'] = torch.stack(written) / power(logits[:500])
+    written = [variances(logits[:few] - z) for z in cut(groups, few)]
+    found['written'] = torch.stack(written) / variances(logits[:few])
+    if one_modulus:
+        return found
 
-    strength = neurons.std(0) * (net.W_out @ net.W_U).norm(dim=1)
-    total = (groups * strength).sum(1, keepdim=True)
-    random, as_strong = [], []
-    for _ in range(draws):
-        order = torch.randperm(len(owner), generator=g)
-        random.append(outcome(without(groups[:, order], 500))[1])
-        up_to = (strength[order].cumsum(0) - strength[order] < total)[:, order.argsort()]
-        as_strong.append(outcome(without(up_to, 500))[1])
-    found['random'] = torch.stack(random)
-    found['as_strong'] = torch.stack(as_strong)
+    prime = (y != 0).all(1)
+    right = [(says_prime(z, d.classes) == prime).float().mean() for z in (logits, *cut(groups))]
+    found['primes'] = torch.stack(right)
+    found['primes told from other numbers'] = right[0].item()
+    found['the same by always saying "no prime"'] = 1 - prime.float().mean().item()
+    learned = whole >= LEARNED
+    found['tasks learned'] = learned.sum().item()
+    if learned.sum() < 2:
+        return found
+    necessary = found['necessary'][learned][:, learned]
+    own = necessary.diagonal()
+    others = (necessary.sum() - own.sum()) / (len(own) * (len(own) - 1))
+    found['own task without its group'] = own.mean().item()
+    found['other tasks without it'] = others.item()
+    found['own task with its group alone'] = found['sufficient'].diagonal()[learned].mean().item()
 
-    away = components(net, d.x)[1:-1]                                                    # H p^2 D
-    away -= away.mean(1, keepdim=True)
-    H = len(away)
+    def separation(accuracy, whole=whole):
+        return separations(accuracy, whole, d.classes)
+    found['separation'] = separation(found['necessary']).mean().item()
+    found['separation, the least of a group'] = separation(found['necessary']).min().item()
+    found['separation, resampled'] = separation(found['resampled']).mean().item()
+    for bar in (0.3, 0.7):
+        others = owners(*best_waves, bar) == names[:, None]
+        found[f'separation, waves above {bar}'] = separation(accuracies(cut(others))).mean().item()
+    of_few = accuracies([logits[:few]])[0]
+    for name in ('random', 'as_strong'):
+        nulls = [separation(accuracy, of_few).mean().item() for accuracy in found[name]]
+        found[f'separation, {name}: least, mean, most'] = [min(nulls), sum(nulls) / draws, max(nulls)]
+    return found
+
+
+def shared(m):
+    """What all tasks lose without a part before the neurons: accuracies on rows that were not trained on.
+
+    heads        (.., Q)    with what each head, then what each pair writes at its mean over these rows
+    frequencies  (p//2, Q)  without one frequency of the digits in W_E
+    """
+    net, p, classes = m.net, m.p, m.d.classes
+    rows, whole = some_unseen(m)
+    x, y = m.d.x[rows], m.d.y[rows]
+    mid = m.acts['resid_mid'][rows]
+    heads = components(net, x)[1:-1]                                                     # H n D
+    heads -= heads.mean(1, keepdim=True)
+    H = len(heads)
+    sets = [some for n in (1, 2) for some in combinations(range(H), n)]
 
     def without_heads(some):
-        mid = (m.acts['resid_mid'] - away[list(some)].sum(0))[rows]
-        return (mid + net.activation(mid @ net.W_in) @ net.W_out) @ net.W_U
-    found['heads'] = outcome(without_heads(some) for n in (1, 2) for some in combinations(range(H), n))[1]
+        left = mid - heads[list(some)].sum(0)
+        return (left + net.activation(left @ net.W_in) @ net.W_out) @ net.W_U
 
     W_E = net.W_E[:p].clone()
 
@@ -707,33 +767,17 @@ def circuits(m, draws=20):
         kept = torch.fft.rfft(W_E, dim=0)
         kept[k] = 0
         net.W_E[:p] = torch.fft.irfft(kept, p, dim=0)
-        return net(d.x[rows])
-    found['frequencies'] = outcome(without_frequency(k) for k in range(1, p // 2 + 1))[1]
-    net.W_E[:p] = W_E
+        return net(x)
 
-    parts = {'group of neurons': found['necessary'], 'head': found['heads'][:H],
-             'pair of heads': found['heads'][H:], 'frequency of W_E': found['frequencies']}
+    found = dict(heads=outcome(map(without_heads, sets), y, classes)[1])
+    found['frequencies'] = outcome(map(without_frequency, range(1, p // 2 + 1)), y, classes)[1]
+    net.W_E[:p] = W_E
+    parts = {'head': found['heads'][:H], 'pair of heads': found['heads'][H:],
+             'frequency of W_E': found['frequencies']}
     for part, accuracy in parts.items():
-        broken = (lost(accuracy, whole, d.classes) > 0.5).sum(1).float()
-        found[f'tasks broken without one {part}'] = broken.mean().item() if len(broken) else 0.0
-    if one_modulus:
-        return found
-    prime = (y != 0).all(1)
-    right = [(says_prime(z, d.classes) == prime).float().mean() for z in (logits, *without(groups))]
-    found['primes'] = torch.stack(right)
-    found['primes and others told apart'] = right[0].item()
-    found['told apart by always saying "no prime"'] = 1 - prime.float().mean().item()
-    found['tasks learned'] = (whole >= 0.9).sum().item()
-    if found['tasks learned'] < 2:
-        return found
-    found['separation'] = separation(found['necessary'], whole, d.classes)
-    found['separation, resampled'] = separation(found['resampled'], whole, d.classes)
-    for bar in (0.3, 0.7):
-        accuracy = outcome(without(owners(*best, bar) == names[:, None]))[1]
-        found[f'separation, neurons with more than {bar}'] = separation(accuracy, whole, d.classes)
-    for name in ('random', 'as_strong'):
-        nulls = [separation(accuracy, whole, d.classes) for accuracy in found[name]]
-        found[f'separation, {name}: least, mean, most'] = [min(nulls), sum(nulls) / draws, max(nulls)]
+        if len(accuracy) and (whole >= LEARNED).any():
+            halved = (lost(accuracy, whole, classes) > 0.5).sum(1).float()
+            found[f'tasks that lose more than half without a {part}'] = halved.mean().item()
     return found
 
 
@@ -748,7 +792,8 @@ PARTS = {  # a function of m: the tasks that it is for (see `measure`), the mome
     outcomes: ('any', 'final initial snapshots'),
     outputs: ('one set of classes', 'final initial'),
     filters: ('one set of classes', 'final'),
-    circuits: ('one operation', 'final')}
+    circuits: ('waves, one operation', 'final'),
+    shared: ('waves, one operation', 'final')}
 # the arrays that are kept of every moment
 SMALL = ('W_E_norms', 'spectrum', 'train_losses', 'train_accuracies', 'valid_losses', 'valid_accuracies')
 
@@ -862,7 +907,7 @@ def measure(run, weights, moment, solver, key=None):
     mod_p = one_set and d.classes[0] == p
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
-             'one sum': one_sum, 'one operation': solver is not None and d.n_ops == 1}
+             'one sum': one_sum, 'waves, one operation': solver is not None and d.n_ops == 1}
     m.found = found = {}
     for part, (kind, moments) in PARTS.items():
         if kinds[kind] and moment in moments.split():
@@ -958,48 +1003,50 @@ def table(numbers):
 
 
 def formation(run):
-    """When the waves of each group come, and when its task is learned: groups (G,), and epochs (G,), (G,), at
-    which the share of the layer in the waves of the group, and the validation accuracy of its task, are first
-    half way from their first to their last values. Waves are recorded every --spectra_every epochs."""
+    """How the waves of each group come, and how its task is learned: group names (G,), epochs (S,) of the
+    recorded spectra, and progress there, from 0 at the first to 1 at the last epoch: that of the share of the
+    layer in the waves of the group (S, G), and that of validation accuracy (S, G). At last the progress of
+    the waves, (G,), when accuracy is half way for the first time; nan where the task is not learned."""
     r, classes = run.records, run.data.classes
     one_modulus = len(set(classes)) == 1
+    names = run.arrays['groups']
     total, alone = r['variance'].T
     share = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
-    names = run.arrays['groups']
     of_group = r['freqs'][:, int(one_modulus)] == names[:, None]                         # G B
-    share = share @ of_group.T
-    accuracy = r['valid_acc'][:, [0] * len(names) if one_modulus else slice(None)]
-    formed, learned = ((x >= (x[0] + x[-1]) / 2).argmax(0) for x in (share, accuracy))
-    return names, r['spectra_epoch'][formed], r['epoch'][learned]
+    acc = r['valid_acc'][:, [0] * len(names) if one_modulus else slice(None)]
+    waves, learning = ((x - x[0]) / (x[-1] - x[0] + 1e-30) for x in (share @ of_group.T, acc))
+    epochs = r['spectra_epoch']
+    half = (learning >= 0.5).argmax(0)
+    at_half = np.array([np.interp(e, epochs, w) for e, w in zip(half, waves.T)])
+    return names, epochs, waves, learning[epochs], np.where(acc[-1] >= LEARNED, at_half, np.nan)
 
 
+@torch.no_grad()
 def surgery(run, names, keep=False):
-    """Accuracy of every task on rows that were not trained on, with all neurons and without those of some
-    groups, q or k; or without all others. As text. Raises Refusal where a group has no neurons."""
-    a, d = run.arrays, run.data
-    need('groups' in a, f'{run.path} has no groups of neurons: this is for one operation modulo something')
+    """Accuracy of every task on rows that were not trained on, with all neurons, and with the groups of some
+    q or k at their means; keep: with all others there. As text. Raises Refusal where a group is empty."""
+    d, p = run.data, run.p
+    need(d.modular and d.n_ops == 1, f'{run.path} is no network of one operation modulo something')
     one_modulus = len(set(d.classes)) == 1
-    owner = owners(*(torch.tensor(a[name]) for name in ('neuron_wave', 'neuron_wave_share')), one_modulus)
-    sizes = {name: size for name, size in zip(a['groups'].tolist(), a['group_sizes'].tolist()) if size}
-    there = f'groups there: {show(list(sizes))}' if sizes else 'it has none at all'
-    need(set(names) <= sizes.keys(), f'{run.path} has no neurons for {show(names)}; {there}')
-    group = torch.isin(owner, torch.tensor(names))
-    group = ~group if keep else group
     logits, acts = run.forward()
+    found = neurons(SimpleNamespace(d=d, p=p, acts=acts, solver=solver_for(p, d)))
+    owner = owners(found['neuron_wave'], found['neuron_wave_share'], one_modulus)
+    there = owner[owner > 0].unique().tolist()
+    missing = [name for name in names if name not in there]
+    need(not missing, f'{run.path} has no neurons for {show(missing)}; groups there: {show(there)}')
+    group = torch.isin(owner, torch.tensor(names)) != keep
     rows = torch.cat(run.rows[1:])
-    neurons = acts['neurons'][rows]
-    mean = acts['neurons'].mean(0).expand_as(neurons)
-    both = logits[rows], replaced(run.net, logits[rows], neurons, group, mean)
-    before, after = (task_losses(z, d.y[rows], d.classes)[1].tolist() for z in both)
-    table = [['task', 'all neurons', 'now'], *zip(d.names, before, after)]
+    mean = acts['neurons'].mean(0).expand(len(rows), -1)
+    changed = replaced(run.net, logits[rows], acts['neurons'][rows], group, mean)
+    _, both = outcome([logits[rows], changed], d.y[rows], d.classes)
+    table = [['task', 'all neurons', 'now'], *zip(d.names, *both.tolist())]
     if not one_modulus:
         prime = (d.y[rows] != 0).all(1)
-        told = [(says_prime(z, d.classes) == prime).float().mean().item() for z in both]
+        told = [(says_prime(z, d.classes) == prime).float().mean().item() for z in (logits[rows], changed)]
         table.append(['prime or not', *told])
-    what = 'with no neurons but' if keep else 'without'
-    kind = 'those of k' if one_modulus else 'those of q'
-    title = f'{run.path} {what} {kind} = {show(names)}: {group.sum()} of {len(group)} taken out'
-    return f'{title}; accuracy on {len(rows):,} numbers never seen\n{aligned(table)}'
+    what = 'no others than those' if keep else 'all neurons but those'
+    title = f'{run.path} with {what} of {show(names)}: {group.sum()} of {len(group)} are at their means'
+    return f'{title}\naccuracy on {len(rows):,} numbers never seen\n{aligned(table)}'
 
 
 # ---------------------------------------------------------------- what runs came to
@@ -1160,7 +1207,7 @@ def report():
 def listed(text):
     """'17,23' -> [17, 23]. Raises Refusal."""
     need(re.fullmatch(r'\d{1,9}(,\d{1,9})*', text), f'{text!r} is no list of numbers like 17,23')
-    return [int(number) for number in text.split(',')]
+    return list(dict.fromkeys(int(number) for number in text.split(',')))
 
 
 def main(argv):
@@ -1173,17 +1220,20 @@ def main(argv):
     option('--tau', type=int, default=0, help='highest low frequency over the classes (default: 50 of 260)')
     option('--collect', action='store_true', help='also put what the runs came to into assets/results.json')
     option('--report', action='store_true', help='print the table of all runs in there')
-    option('--cut', metavar='Q,Q', help='only the accuracies without the neurons of these q (one modulus: k)')
-    option('--keep', metavar='Q,Q', help='only the accuracies with no other neurons than these')
+    option('--cut', metavar='Q,Q', help='instead: accuracies without the neurons of these q (one modulus: k)')
+    option('--keep', metavar='Q,Q', help='instead: accuracies with no other neurons than these')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
     args = parser.parse_args(argv)
     need(args.runs or args.report or args.embedding, 'name a run folder, or --report, or --embedding FILE')
     need(args.tau >= 0 and not (args.tau and args.collect), '--tau is above 0, and not for --collect')
-    need(not (args.cut and args.keep), '--cut or --keep, not both')
+    names = args.cut if args.keep is None else args.keep
+    need(args.cut is None or args.keep is None, '--cut or --keep, not both')
+    need(names is None or args.runs and not args.collect, '--cut and --keep are for a run, without --collect')
+    names = None if names is None else listed(names)
     for path in map(Path, args.runs):
         run = load_run(path, Path(args.to, path.name) if args.to else path, args.tau)
-        if args.cut or args.keep:
-            say(surgery(run, listed(args.cut or args.keep), keep=not args.cut))
+        if names is not None:
+            say(surgery(run, names, keep=args.cut is None))
             continue
         run.analysis = analyse(run)
         say(f'{path}\n{table(run.analysis[0])}\nall of it is in {run.to}/analysis.json and analysis.npz\n')

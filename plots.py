@@ -418,19 +418,17 @@ def shared(run):
 
 @figure('one')
 def formation(run):
-    """When the waves of each group come into the neurons, and when its task is learned: both half way from
-    the first to the last value."""
-    names, formed, learned = analyze.formation(run)
-    fig, ((ax,),) = panels(1, 1, 2.9)
-    x = np.arange(len(names))
-    ax.vlines(x, formed, learned, colors=GREY, lw=0.8)
-    every = run.config['spectra_every']
-    ax.plot(x, formed, 's', c=BLUE, ms=4, label=f'waves in the neurons (seen every {every} epochs)')
-    ax.plot(x, learned, 'o', c=ORANGE, ms=4, label='accuracy on numbers never seen')
-    ax.set_xticks(x, names, fontsize=6, rotation=90 if len(names) > 12 else 0)
-    ax.set(xlabel='frequency k' if one_modulus(run) else 'task n mod q', ylabel='epoch', ylim=(0, None))
-    ax.set_title(f'in {(formed < learned).sum()} of {len(names)} the waves come first')
-    ax.legend()
+    """How the waves of each group come into the neurons, and how its task is learned, both from 0 at the
+    first to 1 at the last epoch."""
+    names, epochs, waves, learning, at_half = analyze.formation(run)
+    fig, axes = panels(1, 2, 3.6)
+    titles = ('share of its waves in the layer', 'accuracy on numbers never seen')
+    for ax, values, title in zip(axes[0], (waves, learning), titles):
+        over_time(fig, ax, epochs, values, names, 'progress', vmin=0, vmax=1)
+        ax.set(title=title, ylabel='frequency k' if one_modulus(run) else 'task n mod q')
+    if np.isfinite(at_half).any():
+        median = f'when a task is half learned: {np.nanmedian(at_half):.0%} (median)'
+        axes[0, 0].set_title(f'{titles[0]};\n{median}')
     return fig
 
 

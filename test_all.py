@@ -1321,10 +1321,9 @@ def test_scores_of_attention():
 
 def planted_groups():
     """Neurons and weights by hand over n < 121: n mod 5 and n mod 7 have neurons of their own, and "does 5
-    divide n" reads those of the first. One neuron is constant, and makes a net without waves say 0."""
+    divide n" reads those of the first. A constant neuron makes a network without waves say 0."""
     n = torch.arange(121)
     y = torch.stack([n % 5, n % 7, (n % 5 != 0).long()], 1)
-    classes = [5, 7, 2]
     pairs = [(5, 1), (5, 2), (7, 1), (7, 2), (7, 3)]
     columns, W_U = [], []
     for q, k in pairs:
@@ -1337,19 +1336,17 @@ def planted_groups():
     says_0 = torch.zeros(14)
     says_0[[0, 5]] = 0.1
     says_0[13] = 6  # 5 divides n if the two cosines make more
-    W_U.append(says_0)
+    W_U = torch.stack([*W_U, says_0])
     neurons = torch.stack(columns, 1)
-    W_U = torch.stack(W_U)
-    d = data.make('miiii', 11)._replace(y=y, classes=classes, names=['5', '7', '5 | n'])
+    d = data.make('miiii', 11)._replace(y=y, classes=[5, 7, 2], names=['5', '7', '5 | n'])
     net = Transformer(11, 44, 1, 14).requires_grad_(False)
     net.W_out.zero_()
     net.W_out[:11, :11] = torch.eye(11)
     net.W_U.zero_()
     net.W_U[:11] = W_U
-    padded = F.pad(neurons, (0, 176 - 11))
     waves = torch.tensor([pair for pair in pairs for _ in 'cs'] + [(2, 1)] * 166)
-    found = dict(neuron_wave=waves, neuron_wave_share=torch.tensor([0.9] * 10 + [0.0] * 166))
-    acts = dict(neurons=padded, resid_mid=torch.zeros(121, 44))
+    found = dict(neuron_wave=waves, neuron_wave_share=torch.tensor([0.9] * 10 + [0.5] * 166))
+    acts = dict(neurons=F.pad(neurons, (0, 176 - 11)))
     rows = data.split(121, 0.3)
     return SimpleNamespace(net=net, d=d, p=11, rows=rows, logits=neurons @ W_U, acts=acts, found=found)
 
@@ -1358,36 +1355,74 @@ def test_planted_groups_and_what_fails_without_them():
     m = planted_groups()
     out = analyze.circuits(m, draws=3)
     y = m.d.y[torch.cat(m.rows[1:])]
-    by_class_0 = (y == 0).float().mean(0)  # what remains for a task without its neurons
-    by_class_1 = (y == 1).float().mean(0)
-    a, b, divides = by_class_0[0], by_class_0[1], by_class_1[2]
+    a, b, _ = (y == 0).float().mean(0)  # what remains for a task without its neurons
+    divides = (y == 1).float().mean(0)[2]
     assert out['groups'].tolist() == [5, 7, 2] and out['group_sizes'].tolist() == [4, 6, 0]
     assert torch.allclose(out['necessary'], torch.tensor([[a, 1, divides], [1, b, 1], [1, 1, 1]]))
     assert torch.allclose(out['sufficient'], torch.tensor([[1, b, 1], [a, 1, divides], [a, b, divides]]))
-    assert torch.allclose(out['direct'][:, :2], torch.tensor([[1., 0], [0, 1], [0, 0]]), atol=1e-5)
-    assert out['direct'][0, 2] == pytest.approx(1) and not out['direct'][1:, 2].any()
-    assert (out['losses'][out['necessary'] == 1] < 0.5).all() and (out['losses'][0, 0] > 1)
+    assert torch.allclose(out['written'], torch.tensor([[1, 0, 1], [0, 1, 0], [0.0, 0, 0]]), atol=1e-5)
+    losses = out['necessary_losses']
+    assert (losses[out['necessary'] == 1] < 0.5).all() and losses[0, 0] > 1 and losses[1, 1] > 1
+    assert (out['resampled'][[0, 1], [0, 1]] < 0.5).all() and (out['resampled'] != out['necessary']).any()
+    assert (out['resampled'][[0, 1, 1], [1, 0, 2]] == 1).all() and (out['resampled'][2] == 1).all()
     for null in (out['random'], out['as_strong']):
         assert null.shape == (3, 3, 3) and (null[:, 2] == 1).all()  # no neurons, nothing lost
-    assert out['tasks learned'] == 3
     own = torch.stack([(1 - a) / (4 / 5) - (1 - divides) / (1 / 2), (1 - b) / (6 / 7), torch.zeros(())])
     assert out['separation'] == pytest.approx(own.mean().item(), abs=1e-5)
+    assert out['separation, the least of a group'] == pytest.approx(own.min().item(), abs=1e-5)
+    expected = analyze.separations(out['resampled'], torch.ones(3), [5, 7, 2]).mean().item()
+    assert out['separation, resampled'] == pytest.approx(expected, abs=1e-6)
+    assert out['separation, waves above 0.7'] == out['separation']
+    assert out['separation, waves above 0.3'] == out['separation']  # the constant joins a group, of q = 2
+    for name in ('random', 'as_strong'):
+        nulls = [analyze.separations(x, torch.ones(3), [5, 7, 2]).mean().item() for x in out[name]]
+        expected = [min(nulls), np.mean(nulls), max(nulls)]
+        assert out[f'separation, {name}: least, mean, most'] == pytest.approx(expected, abs=1e-6)
+    assert out['tasks learned'] == 3
+    assert out['own task without its group'] == pytest.approx(((a + b + 1) / 3).item())
+    assert out['other tasks without it'] == pytest.approx((5 + divides.item()) / 6)
+    assert out['own task with its group alone'] == pytest.approx((2 + divides.item()) / 3)
     prime = (y != 0).all(1).float().mean().item()
     assert out['primes'].tolist() == pytest.approx([1, 1 - prime, 1 - prime, 1])  # without it all say 0
-    assert out['told apart by always saying "no prime"'] == pytest.approx(1 - prime)
+    assert out['the same by always saying "no prime"'] == pytest.approx(1 - prime)
 
 
 def test_separation_in_known_cases():
+    """A row is a group that is taken out."""
     classes = [2, 5, 11]
     chance = 1 / torch.tensor(classes)
     whole = torch.ones(3)
     apart = torch.where(torch.eye(3, dtype=bool), chance, 1)
-    assert analyze.separation(apart, whole, classes) == pytest.approx(1)
-    assert analyze.separation(chance.repeat(3, 1), whole, classes) == pytest.approx(0)
-    assert analyze.separation(torch.ones(3, 3), whole, classes) == pytest.approx(0)
-    apart[0, 2] = chance[2]  # the group of the first task serves the third, too
-    assert analyze.separation(apart, whole, classes) == pytest.approx(2 / 3)
-    assert analyze.separation(apart, torch.tensor([1, 1, 0.5]), classes) == pytest.approx(1)  # not learned
+    assert torch.allclose(analyze.separations(apart, whole, classes), torch.ones(3))
+    assert torch.allclose(analyze.separations(chance.repeat(3, 1), whole, classes), torch.zeros(3))
+    assert torch.allclose(analyze.separations(torch.ones(3, 3), whole, classes), torch.zeros(3))
+    apart[0, 1:] = chance[1:]  # the group of the first task serves the others, too
+    assert torch.allclose(analyze.separations(apart, whole, classes), torch.tensor([0.0, 1, 1]))
+    apart[1, 2] = (1 + chance[2]) / 2  # and that of the second half of the third
+    assert torch.allclose(analyze.separations(apart, whole, classes), torch.tensor([0, 0.5, 1]))
+    two = analyze.separations(apart, torch.tensor([1, 1, 0.89]), classes)  # the third is not learned
+    assert torch.allclose(two, torch.tensor([0.0, 1]))
+
+
+def test_random_groups_are_as_large_or_as_strong():
+    g = seeded()
+    strength = torch.rand(50, generator=g)
+    groups = torch.rand(4, 50, generator=g) < torch.tensor([[0.1], [0.3], [0.6], [0.0]])
+    for _ in range(5):
+        as_many, as_strong = analyze.random_groups(groups, strength, g)
+        assert torch.equal(as_many.sum(1), groups.sum(1)) and (as_many[:3] != groups[:3]).any(1).all()
+        total, ours = (groups * strength).sum(1), (as_strong * strength).sum(1)
+        assert (ours[:3] >= total[:3] - 1e-5).all() and (ours - total < strength.max()).all() and ours[3] == 0
+        assert (as_strong[1:3] != groups[1:3]).any(1).all()
+
+
+def test_a_share_at_the_bar_is_not_above_it():
+    wave = torch.tensor([[7, 1], [5, 2], [3, 1]])
+    share = torch.tensor([0.6, 0.5, 0.4])
+    assert analyze.owners(wave, share, False).tolist() == [7, 0, 0]
+    assert analyze.owners(wave, share, True, 0.45).tolist() == [1, 2, 0]
+    logits = torch.tensor([[1.0, 0, 2, 2, 0], [0, 1, 2, 2, 3], [0, 1, 3, 2, 2]])
+    assert analyze.says_prime(logits, [2, 3]).tolist() == [False, True, False]
 
 
 def test_parts_taken_out_by_brute_force():
@@ -1395,7 +1430,6 @@ def test_parts_taken_out_by_brute_force():
     d, rows = data.make('miiii', 11), data.split(121, 0.4)
     torch.manual_seed(3)
     net = Transformer(11, 32, 2, 17).requires_grad_(False)
-    net.W_U *= 30
     acts = {}
     logits = net(d.x, acts=acts)
     g = seeded(4)
@@ -1403,11 +1437,15 @@ def test_parts_taken_out_by_brute_force():
     share = torch.rand(128, generator=g)
     found = dict(neuron_wave=torch.stack([q, q], 1), neuron_wave_share=share)
     m = SimpleNamespace(net=net, d=d, p=11, rows=rows, logits=logits, acts=acts, found=found)
-    out = analyze.circuits(m, draws=2)
+    out = analyze.circuits(m, draws=2) | analyze.shared(m)
     unseen = torch.cat(rows[1:])
     W = {name: w.double() for name, w in net.state_dict().items()}
 
-    def accuracy(z):
+    def losses(z):
+        blocks = z[unseen].split(d.classes, 1)
+        return torch.stack([F.cross_entropy(block, d.y[unseen, i]) for i, block in enumerate(blocks)])
+
+    def accuracies(z):
         guesses = torch.stack([block.argmax(1) for block in z[unseen].split(d.classes, 1)], 1)
         return (guesses == d.y[unseen]).float().mean(0)
     neurons, mid = acts['neurons'].double(), acts['resid_mid'].double()
@@ -1415,17 +1453,19 @@ def test_parts_taken_out_by_brute_force():
         group = (q == modulus) & (share > 0.5)
         for name, taken in (('necessary', group), ('sufficient', ~group)):
             changed = torch.where(taken, neurons.mean(0), neurons)
-            expected = accuracy((mid + changed @ W['W_out']) @ W['W_U'])
-            assert torch.allclose(out[name][i], expected, atol=0.02), name
+            z = (mid + changed @ W['W_out']) @ W['W_U']
+            assert torch.allclose(out[name][i], accuracies(z), atol=0.02), name
+            if name == 'necessary':
+                assert torch.allclose(out['necessary_losses'][i], losses(z).float(), atol=1e-4)
     assert (out['necessary'] != out['necessary'][0]).any()
 
     def of_heads(kept):
         z = mid.clone()
         for h in range(2):
-            head = torch.einsum('nt,ntk,kd->nd', acts['att'][..., h].double(),
-                                (W['W_E'][d.x] + W['W_pos']) @ W['W_V'][h], W['W_O'][h])
-            z = z if h in kept else z - head + head.mean(0)
-        return accuracy((z + (z @ W['W_in']).relu() @ W['W_out']) @ W['W_U'])
+            values = (W['W_E'][d.x] + W['W_pos']) @ W['W_V'][h]
+            head = torch.einsum('nt,ntk,kd->nd', acts['att'][..., h].double(), values, W['W_O'][h])
+            z = z if h in kept else z - head + head[unseen].mean(0)
+        return accuracies((z + (z @ W['W_in']).relu() @ W['W_out']) @ W['W_U'])
     expected = torch.stack([of_heads([1]), of_heads([0]), of_heads([])])
     assert torch.allclose(out['heads'], expected, atol=0.02)
 
@@ -1434,7 +1474,7 @@ def test_parts_taken_out_by_brute_force():
         basis = torch.cat([wave(2 * torch.pi * k * n / 11) for wave in (torch.cos, torch.sin)], 1)
         changed = W['W_E'].clone()
         changed[:11] -= basis @ torch.linalg.lstsq(basis, changed[:11]).solution
-        expected = accuracy(plain_forward(W | dict(W_E=changed), d.x))
+        expected = accuracies(plain_forward(W | dict(W_E=changed), d.x))
         assert torch.allclose(out['frequencies'][k - 1], expected, atol=0.02)
     assert torch.equal(net(d.x), logits)  # the network is as it was
 
@@ -1442,17 +1482,30 @@ def test_parts_taken_out_by_brute_force():
 def test_groups_of_one_modulus_and_surgery(modular, capsys):
     """Every key is a group. Without all of them nothing is left, without all others nothing is lost."""
     assert modular.arrays['groups'].tolist() == KEYS and modular.arrays['group_sizes'].tolist() == [16] * 3
-    folder = modular.path
 
     def now(*args):
-        *_, line = lines_of(capsys, analyze.main, folder, *args)
+        *_, line = lines_of(capsys, analyze.main, modular.path, *args)
         name, before, after = line.rsplit(maxsplit=2)
         assert before == '1' and name == '(x0 + x1) mod 31'
         return float(after)
     assert now('--keep', '3,7,12') == 1
     assert now('--cut', '3,7,12') < 0.1
     for name, option in (('necessary', '--cut'), ('sufficient', '--keep')):
-        assert now(option, 7) == pytest.approx(modular.arrays[name][1, 0], abs=1e-3)
+        assert now(option, '7,7') == pytest.approx(modular.arrays[name][1, 0], abs=1e-3)
+
+
+def test_surgery_on_several_moduli():
+    """The same numbers as in the analysis of the shipped run, by the command of the README."""
+    run = analyze.load_run(HERE / 'assets/miiii')
+    _, _, header, *rows = analyze.surgery(run, [3]).splitlines()
+    assert header.split() == ['task', 'all', 'neurons', 'now'] and len(rows) == 30
+    *tasks, (*_, prime, prime_now) = (row.split() for row in rows)
+    now = {task[2]: float(task[4]) for task in tasks}
+    assert now.pop('3') < 0.7 and min(now.values()) > 0.98
+    assert float(prime) > 0.999 and float(prime_now) < 0.99
+    *tasks, _ = (row.split() for row in analyze.surgery(run, [3], keep=True).splitlines()[3:])
+    now = {task[2]: float(task[4]) for task in tasks}
+    assert now.pop('3') > 0.9 and now['5'] < 0.3 and now['109'] < 0.05
 
 
 # ---------------------------------------------------------------- analysis and figures of run folders
@@ -1802,27 +1855,37 @@ def test_figures_of_many_tasks_show_the_numbers(runs):
 
 
 def test_when_waves_and_tasks_come(runs):
-    """Half way up, each by its own epochs: 5 first in the waves, then in the task, and 3 the other way."""
+    """Task 3 is half learned before its waves are, task 5 after: at 3/8 and at 3/4 of their way."""
     freqs = analyze.wave_freqs([3, 5])
-    up = np.array([[0, 0, 4, 4], [0, 2, 4, 4], [0, 2, 4, 4]]).T.astype(float)  # (3, 1), (5, 1), (5, 2)
-    acc = np.zeros((40, 2))
-    acc[5:, 0] = acc[25:, 1] = 1
-    records = dict(freqs=freqs.numpy(), sum_power=up, variance=np.array([[100, 0.0]] * 4), valid_acc=acc,
-                   spectra_epoch=np.arange(4) * 10, epoch=np.arange(40))
+    up = np.array([[1, 1, 5, 5], [0, 2, 4, 4], [1, 3, 5, 5]]).T.astype(float)  # (3, 1), (5, 1), (5, 2)
+    acc = np.full((31, 2), 0.2)
+    acc[15:, 0] = acc[15:, 1] = 0.95
+    acc[:, 0] = np.where(np.arange(31) >= 14, 0.95, 0.2)
+    records = dict(freqs=freqs.numpy(), sum_power=up, variance=np.array([[100, 50.0]] * 4), valid_acc=acc,
+                   spectra_epoch=np.arange(4) * 10, epoch=np.arange(31))
     d = SimpleNamespace(classes=[3, 5], names=['n mod 3', 'n mod 5'])
-    other = analyze.Run(**vars(runs['miiii']) | dict(data=d, records=records,
-                                                     analysis=({}, dict(groups=np.array([3, 5])))))
-    names, formed, learned = analyze.formation(other)
-    assert formed.tolist() == [20, 10] and learned.tolist() == [5, 25]
-    marks = {line.get_label(): line.get_ydata() for line in plots.formation(other).axes[0].lines}
-    assert [y.tolist() for y in marks.values()] == [[20, 10], [5, 25]]
+    analysis = {}, dict(groups=np.array([3, 5]))
+    other = analyze.Run(**vars(runs['miiii']) | dict(data=d, records=records, analysis=analysis))
+    names, epochs, waves, learning, at_half = analyze.formation(other)
+    assert names.tolist() == [3, 5] and epochs.tolist() == [0, 10, 20, 30]
+    assert np.allclose(waves.T, [[0, 0, 1, 1], [0, 0.5, 1, 1]])
+    assert np.allclose(learning.T, [[0, 0, 1, 1]] * 2)
+    assert np.allclose(at_half, [0.4, 0.75])
+    shown = [ax.collections[0].get_array() for ax in plots.formation(other).axes[:2]]
+    assert np.allclose(shown, [waves.T, learning.T])
+    records['valid_acc'] = acc * 0.9  # not learned
+    assert np.isnan(analyze.formation(other)[-1]).all()
+    one = analyze.Run(**vars(other) | dict(data=SimpleNamespace(classes=[5], names=['a + b'])))
+    one.records = records | dict(freqs=freqs.numpy()[1:], sum_power=up[:, 1:], valid_acc=acc[:, 1:])
+    one.analysis = {}, dict(groups=np.array([1, 2]))
+    assert np.allclose(analyze.formation(one)[2].T, [[0, 0.5, 1, 1]] * 2)
 
 
 def test_figures_of_circuits_show_the_numbers(runs):
     run = runs['miiii']
     a = run.arrays
     Q = len(a['groups'])
-    matrix = np.arange(Q * Q).reshape(Q, Q) / Q ** 2  # row: the group that is taken out
+    matrix = np.arange(Q * Q).reshape(Q, Q) / Q ** 2  # a row without one group
     changed = a | dict(necessary=matrix, sufficient=matrix.T, group_sizes=np.arange(Q))
     other = analyze.Run(**vars(run) | dict(analysis=(run.analysis[0], changed)))
     ax, count, alone, _ = plots.circuits(other).axes
@@ -2054,11 +2117,11 @@ def test_the_commands_of_the_shipped_results_give_their_options_back():
 
 @pytest.mark.parametrize('name', ['miiii', 'nanda', 'tenfold'])
 def test_the_shipped_runs_are_those_of_the_results(name):
-    """Two are right on all validation rows, and the results say what each holds."""
+    """What is told of them holds: all tasks of miiii at .99, nanda at 1. Records of tenfold are thinned."""
     run = analyze.load_run(HERE / 'assets' / name)
     numbers, arrays = analyze.measure(run, run.weights, 'snapshots', None)
-    solved = name != 'tenfold'  # which is not, and has thinned records
-    assert (arrays['valid_accuracies'] == 1).all() == solved and not run.notes
+    least, thinned = dict(miiii=0.99, nanda=1, tenfold=0)[name], name == 'tenfold'
+    assert arrays['valid_accuracies'].min() >= least and not run.notes
     r, = (r for r in analyze.results() if r['config'] == run.config)
     shared = numbers.keys() & r['final'].keys()
     assert 'W_E Gini' in shared and 'heads: attention to x0 less x1' in shared
@@ -2067,13 +2130,13 @@ def test_the_shipped_runs_are_those_of_the_results(name):
         assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-4), label
     x, y = run.data.part(run.rows[2])
     test_acc = task_losses(run.net(x), y, run.data.classes)[1].tolist()
-    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-3 if solved else 1e-2)
+    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-2 if thinned else 1e-3)
     known = [task['grok_epoch'] for task in r['tasks']]
     last = [task['valid_acc'] for task in r['tasks']]
     first = [analyze.grok_epochs(acc, end)[0] for acc, end in zip(run.records['valid_acc'].T, last)]
     assert [epoch is None for epoch in known] == [epoch is None for epoch in first]
     apart = [abs(a - b) / a for a, b in zip(known, first) if a]
-    assert max(apart) <= (0 if solved else 0.2)
+    assert max(apart) <= (0.2 if thinned else 0)
 
 
 def test_what_is_shipped_is_small():
@@ -2135,7 +2198,9 @@ DAMAGED = dict(  # a file of nanda, and what it holds now: bytes, nothing, that 
     analyze | miiii --cut 4 | has no neurons for 4; 
     analyze | miiii --cut 3, | no list of numbers
     analyze | miiii --cut 3 --keep 5 | not both
-    analyze | formulas --keep 3 | has no groups of neurons
+    analyze | formulas --keep 3 | no network of one operation
+    analyze | good --keep= | no list of numbers
+    analyze | good --cut 3 --collect | for a run, without --collect
     analyze | no_run | there is no {folder}/ckpt.pt
     analyze | half_run | ckpt.pt is truncated
     analyze | no_options | belong together
