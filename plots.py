@@ -425,7 +425,7 @@ def formation(run):
     titles = ('share of its waves in the layer', 'accuracy on numbers never seen')
     for ax, values, title in zip(axes[0], (waves, learning), titles):
         over_time(fig, ax, epochs, values, names, 'progress', vmin=0, vmax=1)
-        ax.set(title=title, ylabel='frequency k' if one_modulus(run) else 'task n mod q')
+        ax.set(title=title, xscale='linear', ylabel='frequency k' if one_modulus(run) else 'task n mod q')
     if np.isfinite(at_half).any():
         median = f'when a task is half learned: {np.nanmedian(at_half):.0%} (median)'
         axes[0, 0].set_title(f'{titles[0]};\n{median}')
