@@ -1,6 +1,7 @@
 """From a run folder to numbers: what the weights and activations of a trained model hold. It trains nothing.
 
     python analyze.py out/miiii [out/nanda ...]   # a table; analysis.json and .npz in the run's folder
+    python analyze.py out/miiii --cut 17,23       # what is right without the neurons of some q
     python analyze.py out/miiii --collect         # add the run to assets/results.json
     python analyze.py --report                    # the table of all the runs there
     python analyze.py --embedding numbers.npy     # any matrix with a row per number: periods that stand out

@@ -1367,6 +1367,7 @@ def test_planted_groups_and_what_fails_without_them():
     assert (out['resampled'][[0, 1, 1], [1, 0, 2]] == 1).all() and (out['resampled'][2] == 1).all()
     for null in (out['random'], out['as_strong']):
         assert null.shape == (3, 3, 3) and (null[:, 2] == 1).all()  # no neurons, nothing lost
+    assert (out['random'][:, 0, 0] == 1).any()  # four of 176, most of which do nothing
     own = torch.stack([(1 - a) / (4 / 5) - (1 - divides) / (1 / 2), (1 - b) / (6 / 7), torch.zeros(())])
     assert out['separation'] == pytest.approx(own.mean().item(), abs=1e-5)
     assert out['separation, the least of a group'] == pytest.approx(own.min().item(), abs=1e-5)
