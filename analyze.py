@@ -737,6 +737,8 @@ def circuits(m, draws=20):
         others = owners(*best_waves, bar) == names[:, None]
         found[f'separation, waves above {bar}'] = separation(accuracies(cut(others))).mean().item()
     of_few = accuracies([logits[:few]])[0]
+    if (of_few >= LEARNED).sum() < 2:
+        return found
     for name in ('random', 'as_strong'):
         nulls = [separation(accuracy, of_few).mean().item() for accuracy in found[name]]
         found[f'separation, {name}: least, mean, most'] = [min(nulls), sum(nulls) / draws, max(nulls)]
