@@ -644,6 +644,12 @@ def says_prime(logits, classes):
     return ~torch.stack([block[:, 0] > block[:, 1:].amax(1) for block in blocks]).any(0)
 
 
+def prime_accuracy(logits, y, classes):
+    """On which share of the rows `says_prime` is right, against the targets y (n, Q)."""
+    prime = (y != 0).all(1)
+    return (says_prime(logits, classes) == prime).float().mean().item()
+
+
 def outcome(all_logits, y, classes):
     """Losses and accuracies (G, Q), (G, Q) of several logits (n, C)."""
     pairs = [task_losses(logits, y[:len(logits)], classes) for logits in all_logits]
@@ -712,11 +718,10 @@ def circuits(m, draws=20):
     if one_modulus:
         return found
 
-    prime = (y != 0).all(1)
-    right = [(says_prime(z, d.classes) == prime).float().mean() for z in (logits, *cut(groups))]
-    found['primes'] = torch.stack(right)
-    found['primes told from other numbers'] = right[0].item()
-    found['the same by always saying "no prime"'] = 1 - prime.float().mean().item()
+    right = [prime_accuracy(z, y, d.classes) for z in (logits, *cut(groups))]
+    found['primes'] = torch.tensor(right)
+    found['primes told from other numbers'] = right[0]
+    found['the same by always saying "no prime"'] = (y == 0).any(1).float().mean().item()
     learned = whole >= LEARNED
     found['tasks learned'] = learned.sum().item()
     if learned.sum() < 2:
@@ -1044,8 +1049,7 @@ def surgery(run, names, keep=False):
     _, both = outcome([logits[rows], changed], d.y[rows], d.classes)
     table = [['task', 'all neurons', 'now'], *zip(d.names, *both.tolist())]
     if not one_modulus:
-        prime = (d.y[rows] != 0).all(1)
-        told = [(says_prime(z, d.classes) == prime).float().mean().item() for z in (logits[rows], changed)]
+        told = [prime_accuracy(z, d.y[rows], d.classes) for z in (logits[rows], changed)]
         table.append(['prime or not', *told])
     what = 'no others than those' if keep else 'all neurons but those'
     title = f'{run.path} with {what} of {show(names)}: {group.sum()} of {len(group)} are at their means'
@@ -1223,8 +1227,8 @@ def main(argv):
     option('--tau', type=int, default=0, help='highest low frequency over the classes (default: 50 of 260)')
     option('--collect', action='store_true', help='also put what the runs came to into assets/results.json')
     option('--report', action='store_true', help='print the table of all runs in there')
-    option('--cut', metavar='Q,Q', help='instead: accuracies without the neurons of these q (one modulus: k)')
-    option('--keep', metavar='Q,Q', help='instead: accuracies with no other neurons than these')
+    option('--cut', metavar='Q,Q', type=listed, help='instead: accuracies without the neurons of these q or k')
+    option('--keep', metavar='Q,Q', type=listed, help='instead: accuracies with no other neurons than these')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
     args = parser.parse_args(argv)
     need(args.runs or args.report or args.embedding, 'name a run folder, or --report, or --embedding FILE')
@@ -1232,7 +1236,6 @@ def main(argv):
     names = args.cut if args.keep is None else args.keep
     need(args.cut is None or args.keep is None, '--cut or --keep, not both')
     need(names is None or args.runs and not args.collect, '--cut and --keep are for a run, without --collect')
-    names = None if names is None else listed(names)
     for path in map(Path, args.runs):
         run = load_run(path, Path(args.to, path.name) if args.to else path, args.tau)
         if names is not None:
