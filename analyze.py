@@ -1227,7 +1227,7 @@ def main(argv):
     option('--tau', type=int, default=0, help='highest low frequency over the classes (default: 50 of 260)')
     option('--collect', action='store_true', help='also put what the runs came to into assets/results.json')
     option('--report', action='store_true', help='print the table of all runs in there')
-    option('--cut', metavar='Q,Q', type=listed, help='instead: accuracies without the neurons of these q or k')
+    option('--cut', metavar='Q,Q', type=listed, help='instead: accuracies without neurons of these q or k')
     option('--keep', metavar='Q,Q', type=listed, help='instead: accuracies with no other neurons than these')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
     args = parser.parse_args(argv)
