@@ -665,7 +665,7 @@ def density(*runs):
             log_lines(ax, epochs, lines, title=measure)
             for matrix, colour in (('W_E', BLUE), ('W_L', ORANGE)):
                 null = run.final[f'{matrix} {measure}, Gaussian']
-                ax.axhline(null, c=colour, ls=':', lw=0.8, label=f'Gaussian, as large as {matrix}')
+                ax.axhline(null, c=colour, ls=':', lw=0.8, label=f'Gaussian {matrix}')
             ax.legend(loc='lower left')
         for ax in (left, *right):
             ax.set_ylim(-0.05, 1.1)

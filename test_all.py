@@ -1945,7 +1945,7 @@ def test_figures_of_formulas_show_the_numbers(runs):
     for measure, drawn in zip(('FFD', 'FCR'), others):
         assert all(np.isclose(drawn[name][-1], n[f'{name} {measure}']) for name in ('W_E', 'W_L'))
         for name in ('W_E', 'W_L'):
-            assert np.allclose(drawn[f'Gaussian, as large as {name}'], n[f'{name} {measure}, Gaussian'])
+            assert np.allclose(drawn[f'Gaussian {name}'], n[f'{name} {measure}, Gaussian'])
 
     axes = plots.pattern(formulas).axes
     assert 'a*b' in axes[0].get_title() and 'a-b' in axes[4].get_title()
