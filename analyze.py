@@ -1172,10 +1172,9 @@ def collect(run):
     summary = run.path / 'summary.json'
     need(r and summary.exists(), f'{run.path} holds no finished run')
     s = json.loads(summary.read_text())
-    numbers = run.analysis[0]
     need(s['epochs'] == run.epoch and 'changed' in s, f'{run.path} has gone on since its summary.json')
     half = (r['grad_norm'].cumsum(0) < r['grad_norm'].sum(0) / 2).sum(0).tolist()
-    new = s | dict(final=numbers['final'], initial=numbers['initial'], perfect=perfect_from(r['valid_acc']))
+    new = s | dict(final=run.final, perfect=perfect_from(r['valid_acc']))
     new['half_of_gradients'] = dict(zip(r['grad_norm_names'].tolist(), half))
     new = json.loads(json.dumps(new), parse_float=lambda text: float(f'{float(text):.4g}'))
     new |= dict(note='', config=s['config'] | dict(out=''), changed=s['changed'])

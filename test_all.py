@@ -2079,9 +2079,8 @@ def test_results_are_collected_and_reported(folders, results_file, capsys):
         assert numbers_in(r['tasks']) == pytest.approx(numbers_in(summary['tasks']), rel=1e-3)
         assert r['config'] == summary['config'] | dict(out='')
         assert r['changed'] == summary['changed']
-        for moment in ('final', 'initial'):
-            for label, value in told(folders[name])[moment].items():
-                assert numbers_in(r[moment][label]) == pytest.approx(numbers_in(value), rel=1e-3), label
+        for label, value in told(folders[name])['final'].items():
+            assert numbers_in(r['final'][label]) == pytest.approx(numbers_in(value), rel=1e-3), label
         row, = (line for line in shown if f'`{analyze.command(r)}`' in line)
         valid = np.mean([task['valid_acc'] for task in r['tasks']])
         assert f'| 30 | {valid:.4f} | 0/{len(r["tasks"])} |' in row
@@ -2120,10 +2119,10 @@ def test_the_commands_of_the_shipped_results_give_their_options_back():
 
 @pytest.mark.parametrize('name', ['miiii', 'nanda', 'paper'])
 def test_the_shipped_runs_are_those_of_the_results(name):
-    """What is told of them holds: all tasks of miiii at .99, nanda at 1. Records of paper are thinned."""
+    """What is told of them holds: all tasks of miiii at .99, nanda at 1, paper above .94."""
     run = analyze.load_run(HERE / 'assets' / name)
     numbers, arrays = analyze.measure(run, run.weights, 'snapshots', None)
-    least, thinned = dict(miiii=0.99, nanda=1, paper=0.9)[name], name == 'paper'
+    least = dict(miiii=0.99, nanda=1, paper=0.94)[name]
     assert arrays['valid_accuracies'].min() >= least and not run.notes
     r, = (r for r in analyze.results() if r['config'] == run.config)
     shared = numbers.keys() & r['final'].keys()
@@ -2133,13 +2132,11 @@ def test_the_shipped_runs_are_those_of_the_results(name):
         assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-4), label
     x, y = run.data.part(run.rows[2])
     test_acc = task_losses(run.net(x), y, run.data.classes)[1].tolist()
-    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=1e-2 if thinned else 1e-3)
+    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=5e-3)  # in bfloat16
     known = [task['grok_epoch'] for task in r['tasks']]
     last = [task['valid_acc'] for task in r['tasks']]
     first = [analyze.grok_epochs(acc, end)[0] for acc, end in zip(run.records['valid_acc'].T, last)]
-    assert [epoch is None for epoch in known] == [epoch is None for epoch in first]
-    apart = [abs(a - b) / a for a, b in zip(known, first) if a]
-    assert max(apart) <= (0.2 if thinned else 0)
+    assert first == known
 
 
 def test_what_is_shipped_is_small():
