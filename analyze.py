@@ -885,6 +885,8 @@ def load_run(path, to=None, tau=0):
         for name in records.keys() - {'tasks', 'grad_norm_names', 'freqs'}:
             per_epoch = name in ('epoch', 'grad_norm') or name.endswith(('_loss', '_acc'))
             records[name] = records[name][:epoch if per_epoch else n_spectra]
+        if records:
+            records['epoch'] = np.arange(epoch)  # shipped runs are without it
         fits = not records or records['valid_acc'].shape == (epoch, len(d.classes))
         need(fits, 'a metrics.npz of another run')
     except Exception as e:  # foreign files can fail in any of these lines, in any way
