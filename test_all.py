@@ -2132,7 +2132,8 @@ def test_the_shipped_runs_are_those_of_the_results(name):
         assert theirs == pytest.approx(ours, rel=2e-3, abs=1e-4), label
     x, y = run.data.part(run.rows[2])
     test_acc = task_losses(run.net(x), y, run.data.classes)[1].tolist()
-    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=5e-3)  # in bfloat16
+    most = 5e-3 if name == 'paper' else 1e-3  # it was recorded in bfloat16
+    assert [task['test_acc'] for task in r['tasks']] == pytest.approx(test_acc, abs=most)
     known = [task['grok_epoch'] for task in r['tasks']]
     last = [task['valid_acc'] for task in r['tasks']]
     first = [analyze.grok_epochs(acc, end)[0] for acc, end in zip(run.records['valid_acc'].T, last)]
