@@ -882,11 +882,11 @@ def load_run(path, to=None, tau=0):
             net.load_state_dict(weights)
             need(all(w.isfinite().all() for w in weights.values()), 'weights that are not finite')
         n_spectra = (records.get('spectra_epoch', np.zeros(0)) < epoch).sum()
-        for name in records.keys() - {'tasks', 'grad_norm_names', 'freqs'}:
-            per_epoch = name in ('epoch', 'grad_norm') or name.endswith(('_loss', '_acc'))
+        for name in records.keys() - {'epoch', 'tasks', 'grad_norm_names', 'freqs'}:
+            per_epoch = name == 'grad_norm' or name.endswith(('_loss', '_acc'))
             records[name] = records[name][:epoch if per_epoch else n_spectra]
         if records:
-            records['epoch'] = np.arange(epoch)  # shipped runs are without it
+            records['epoch'] = np.arange(epoch)  # assets/paper is without it
         fits = not records or records['valid_acc'].shape == (epoch, len(d.classes))
         need(fits, 'a metrics.npz of another run')
     except Exception as e:  # foreign files can fail in any of these lines, in any way
