@@ -2,12 +2,11 @@
 
 Row n of the targets is of the number n = x0 + x1 p, written as the tokens [x0, x1, e]. The answer is read at
 e ("=", id p). With O formulas in one task the last token names the formula (ids p, p+1, ...), and each number
-has O rows of tokens. Below that: the files of a run, and how a script reports what its user can mend.
+has O rows of tokens. Below: the files of a run, and how a script reports what its user can mend.
 """
 import ast
 import contextlib
 import io
-import operator
 import os
 import re
 import sys
@@ -15,23 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows, where folders are not held
-    fcntl = None
-
 TASKS = ('miiii', 'nanda', 'basis', 'masked', 'add')
-FAMILIES = {  # of formulas (Furuta et al. 2024); as a task a name means all of them in one network
-    'elementary': 'a+b,a-b,a*b',
-    'linear': '2*a+b,2*a-b,2*a+3*b,2*a-3*b',
-    'cross': 'a*b+b,a*b-b,a*b+a+b',
-    'squares': 'a^2+b,a^2-b,a^2+b^2,a^2-b^2',
-    'powers': 'a^3+b^3,a^4+b^4,a^5+b^5,a^6+b^6,a^7+b^7',
-    'factored': '(a+b)^2,(a+b)^3,(a-b)^2,(a-b)^3,(a-b)^4,(a+b)^2+a+b',
-    'unfactored': 'a^2+a*b+b^2,a^2+a*b+b^2+a,a^3+a*b,a^3+a*b^2+b',
-}
 
 
 class Data(NamedTuple):
@@ -44,11 +30,7 @@ class Data(NamedTuple):
     stride: int            # waves of interest run in x0 +- stride x1; 0 for add, which has no modulus
     n_ops: int             # O
 
-    @property
-    def modular(self):
-        return self.stride > 0
-
-    def part(self, rows):
+    def batch(self, rows):
         """Tokens (n O, 3), targets (n, Q) of n pairs. Logits seen as (n, columns) have a block per task."""
         return self.x.view(len(self.y), -1)[rows].view(-1, 3), self.y[rows]
 
@@ -66,7 +48,7 @@ def make(task, p, seed=0, device='cpu'):
     basis   miiii with the rows of y shuffled by `seed`: no structure left
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}
     add     x0 + x1, no modulus, any p >= 5                            (Zhou et al. 2024)
-    a formula in a = x0 and b = x1 mod p, several between commas, a name in FAMILIES (Furuta et al. 2024)
+    a formula in a = x0 and b = x1 mod p, or several between commas    (Furuta et al. 2024)
     """
     kind = 'number' if task == 'add' else 'prime'
     need(p >= 5 and (task == 'add' or p in primes_below(p + 1)), f'p must be a {kind} >= 5, and {p} is not')
@@ -80,10 +62,9 @@ def make(task, p, seed=0, device='cpu'):
         classes = primes_below(p)
         names, y = [f'n mod {q}' for q in classes], n[:, None] % torch.tensor(classes)
     else:
-        formulas = FAMILIES.get(task, task).split(',')
-        y = torch.stack([evaluate(f, x0, x1, p) for f in formulas], 1)
+        formulas = task.split(',')
+        y = torch.stack([polynomial(f, x0, x1, p) for f in formulas], 1)
         names, classes = [''.join(f.split()) for f in formulas], [p] * len(formulas)
-        need(len(y.T.unique(dim=0)) == len(names), f'two formulas of {task!r} are the same modulo {p}')
     if task == 'basis':
         generator = torch.Generator().manual_seed(seed + 2 ** 32)  # not the permutation of the split
         y = y[torch.randperm(len(y), generator=generator)]
@@ -96,14 +77,13 @@ def make(task, p, seed=0, device='cpu'):
     return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride, n_ops)
 
 
-def evaluate(formula, a, b, p):
+def polynomial(formula, a, b, p):
     """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (or **), numbers,
     parentheses. Python reads the formula but does not run it; each step is reduced mod p: no overflow."""
     what = f'{formula[:200]!r} is no formula in a and b'
     plain = len(formula) <= 200 and '0b' not in formula and re.fullmatch('[ab0-9+*^() -]+', formula)
-    need(plain, f'{what} of at most 200 characters; other tasks are {", ".join((*TASKS, *FAMILIES))}')
+    need(plain, f'{what} of at most 200 characters; other tasks are {", ".join(TASKS)}')
     text = formula.strip().replace('^', '**')
-    operations = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
     def value(node):
         match node:
@@ -113,24 +93,27 @@ def evaluate(formula, a, b, p):
                 return torch.full_like(a, n % p)
             case ast.UnaryOp(ast.USub(), x):
                 return -value(x) % p
-            case ast.BinOp(x, ast.Add() | ast.Sub() | ast.Mult(), y):
-                return operations[type(node.op)](value(x), value(y)) % p
+            case ast.BinOp(x, ast.Add(), y):
+                return (value(x) + value(y)) % p
+            case ast.BinOp(x, ast.Sub(), y):
+                return (value(x) - value(y)) % p
+            case ast.BinOp(x, ast.Mult(), y):
+                return value(x) * value(y) % p
             case ast.BinOp(x, ast.Pow(), ast.Constant(int(n))) if n <= 1000:
                 return torch.tensor([pow(r, n, p) for r in range(p)])[value(x)]
-        refuse(f'{what}: {ast.get_source_segment(text, node)!r}; only + - * and ^ by 0 to 1000 are allowed')
+        refuse(f'{what}: {ast.get_source_segment(text, node)!r}; allowed are + - * and ^ by 0 to 1000')
 
     try:
-        tree = ast.parse(text, mode='eval')
+        return value(ast.parse(text, mode='eval').body)
     except SyntaxError as e:
         refuse(f'{what}: {e.msg}')
-    return value(tree.body)
 
 
 def split(n_rows, train_frac, seed=0, n_valid=1000):
     """Row numbers of train, validation (n_valid, or half of what training leaves) and test: three tensors."""
     n_train = round(train_frac * n_rows)
     n_valid = min(n_valid, (n_rows - n_train) // 2)
-    need(n_train > 0 and n_valid > 0, f'train_frac {train_frac} of {n_rows} rows leaves a part empty')
+    need(n_train > 0 and n_valid > 0, f'train_frac {train_frac} of {n_rows} rows leaves no rows for one of three')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
 
@@ -182,26 +165,61 @@ def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'v
     return content
 
 
-def claim(out, wait=False):
-    """Hold a folder until the file returned is closed or the process ends. wait: for others to let go."""
+def load_matrix(path):
+    """One matrix of finite numbers from a .npy or .pt file, as float32; nothing in it is executed."""
+    need(path.exists() and path.suffix in ('.npy', '.pt'), f'there is no {path}, or no .npy or .pt file')
+    try:
+        if path.suffix == '.npy':
+            numbers = np.load(path, allow_pickle=False)
+            matrix = torch.from_numpy(numbers.astype(np.float32, casting='same_kind'))  # not from complex
+        else:
+            matrix = torch.load(path, map_location='cpu', weights_only=True).detach()
+            assert not matrix.is_complex()
+        matrix = matrix.float()
+        whole = matrix.ndim == 2 and matrix.numel() > 0 and bool(matrix.isfinite().all())
+    except Exception as e:  # numpy and torch raise a dozen types here
+        refuse(f'{path} holds no matrix that can be loaded safely ({type(e).__name__})')
+    need(whole, f'{path} must hold a matrix of finite numbers, a row per number, not {list(matrix.shape)}')
+    return matrix
+
+
+def claim(out):
+    """Hold a folder until the file returned is closed or the process ends."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / 'lock', 'w')
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         refuse(f'another run is at work in {out}')
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return lock
 
 
-def say(text, end='\n', file=None):
+def say(text, end='\n'):
     """Print, but never fail: who closed the terminal or the pipe has seen enough, and the work goes on."""
     try:
-        print(text, end=end, file=file or sys.stdout, flush=True)
+        print(text, end=end, flush=True)
     except (OSError, ValueError):
-        setattr(sys, 'stderr' if file else 'stdout', open(os.devnull, 'w'))
+        sys.stdout = open(os.devnull, 'w')
+
+
+def aligned(rows):
+    """Rows of values as lines of text; the columns after the first to the right."""
+    rows = [[show(value) for value in row] for row in rows]
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[name.ljust(first), *map(str.rjust, values, others)] for name, *values in rows]
+    return '\n'.join(map('  '.join, lines))
+
+
+def show(value):
+    """A number, a list of them or None as text."""
+    if isinstance(value, list):
+        return ' '.join(map(show, value)) or '-'
+    if isinstance(value, float):
+        return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
+    return '-' if value is None else f'{value:,}' if isinstance(value, int) else value
 
 
 def run_script(main):
@@ -210,11 +228,10 @@ def run_script(main):
         stream.reconfigure(errors='backslashreplace')  # a name that the terminal cannot show is no fault
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:  # who reads our output has seen enough
-        os._exit(1)
     except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        text = str(e) if isinstance(e, Refusal) else ' '.join((str(e) or repr(e)).split())[:300]
-        say(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
+        text = ' '.join((str(e) or repr(e)).split())[:600]
+        with contextlib.suppress(OSError, ValueError):
+            print(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # all files are whole
         sys.exit(130)

@@ -14,65 +14,96 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
-# Initial weights have std sqrt(2 / fan-in). The fan-in of `he` (the paper's text) is the dimension that the
-# matrix contracts; that of `reference` (its code) counts the stack of heads or tasks, too. `small` is .3 he.
-HE = dict(W_E='V', W_pos='T', W_Q='D', W_K='D', W_V='D', W_O='D', W_in='D', W_out='F', W_U='D')
-FAN_IN = dict(he=HE, small=HE, reference=HE | dict(W_Q='HD', W_K='HD', W_V='HD', W_U='QD'))
+# Initial weights have std sqrt(2 / fan-in). Each matrix: its shape, the fan-in by the paper's text (`he`: the
+# dimensions that it contracts), and by its code (`reference`: the stack of heads or tasks, too).
+MATRICES = dict(
+    W_E=('VD', 'V', 'V'), W_pos=('TD', 'T', 'T'), W_Q=('HDK', 'D', 'HD'), W_K=('HDK', 'D', 'HD'),
+    W_V=('HDK', 'D', 'HD'), W_O=('HKD', 'HK', 'HK'), W_in=('DF', 'D', 'D'), W_out=('FD', 'F', 'F'),
+    W_U=('DC', 'D', 'QD'))
+BLOCK = ('W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out')
 
 
 class Transformer(nn.Module):
-    """n_ops operation tokens beside p digits; the logits of all tasks side by side in n_classes columns."""
-    activation = staticmethod(F.relu_)  # of the MLP; in place, for memory
+    """n_ops operation tokens beside p digits; the logits of all tasks side by side in n_classes columns.
+    init: he, reference, or small, .3 of he."""
+    activation = staticmethod(functional.relu_)  # of the MLP; in place, for memory
+    blocks = ('',)  # a block is what its matrices' names end in: ('1', '') are two. The last one is analysed
 
     def __init__(self, p, d_model, n_heads, n_classes, n_ops=1, n_tasks=1, init='he'):
         super().__init__()
-        V, D, H, K = p + n_ops, d_model, n_heads, d_model // n_heads
-        self.p = p
-        size = dict(V=V, T=3, D=D, H=H, F=4 * D, Q=n_tasks)
+        size = dict(V=p + n_ops, T=3, D=d_model, H=n_heads, K=d_model // n_heads, F=4 * d_model,
+                    C=n_classes, Q=n_tasks)
 
-        def weight(name, *shape):
-            fan_in = math.prod(size[dimension] for dimension in FAN_IN[init][name])
+        def add(name, block=''):
+            shape, by_text, by_code = MATRICES[name]
+            fan_in = math.prod(size[dimension] for dimension in (by_code if init == 'reference' else by_text))
             scale = 0.3 if init == 'small' else 1.0
-            return nn.Parameter(torch.randn(shape) * scale * (2 / fan_in) ** 0.5)
+            weight = torch.randn([size[dimension] for dimension in shape]) * scale * (2 / fan_in) ** 0.5
+            self.register_parameter(name + block, nn.Parameter(weight))
 
-        self.W_E = weight('W_E', V, D)
-        self.W_pos = weight('W_pos', 3, D)
-        self.W_Q, self.W_K, self.W_V = (weight(name, H, D, K) for name in ('W_Q', 'W_K', 'W_V'))
-        self.W_O = weight('W_O', H, K, D)
-        self.W_in = weight('W_in', D, 4 * D)
-        self.W_out = weight('W_out', 4 * D, D)
-        self.W_U = weight('W_U', D, n_classes)
+        add('W_E')
+        add('W_pos')
+        for block in self.blocks:
+            for name in BLOCK:
+                add(name, block)
+        add('W_U')
 
     def forward(self, x, drop=(1, 1), acts=None):
         """Token ids (N, 3) -> logits (N, C).
-        drop: two masks, (1, D) for the whole batch or (N, D), already divided by the share they keep.
-        acts: a dict that receives what analysis looks at, all of the last position.
-        Only this position is read, so queries, W_O, MLP and W_U are needed there alone. Scores and values
-        come from tables by token, position and operation. Exact, a third of the work of the general form.
+        drop: two masks (1, 1, D) for the whole batch, or (N, 1, D), already divided by the share they keep.
+        acts: a dict that receives what analysis looks at in the last block, all but values at "=".
+
+        Two savings, both exact, a third of the work of the general form: the last block is asked at "=" alone
+        (queries, W_O, MLP), and the first one finds scores and values in tables, as it sees few vectors.
         """
-        H, D, K = self.W_Q.shape
-        V = len(self.W_E)
-        with torch.autocast(x.device.type, enabled=False):  # attention is cheap: float32 always
-            table = self.W_E + self.W_pos[:, None]                               # T V D
-            queries = torch.einsum('vd,hdk->vhk', table[2], self.W_Q)            # V H K
-            keys = torch.einsum('tvd,hdk->tvhk', table, self.W_K)                # T V H K
-            values = torch.einsum('tvd,hdk->tvhk', table, self.W_V)              # T V H K
-            scores = torch.einsum('ohk,tvhk->otvh', queries[self.p:], keys) / K ** 0.5  # O T V H
-            row = x + V * torch.arange(3, device=x.device)                       # N T, of T V rows
-            op = x[:, 2:] - self.p                                               # N 1
-            att = F.embedding(3 * V * op + row, scores.view(-1, H)).softmax(1)   # N T H
-            v = F.embedding(row, values.view(-1, D)).view(-1, 3, H, K)           # N T H K
-            mixed = (att[..., None] * v).sum(1).flatten(1)                       # N D, heads side by side
-            z = F.embedding(x[:, 2], table[2])                                   # N D
-        mid = (z + mixed @ self.W_O.flatten(0, 1)) * drop[0]                     # N D
-        neurons = self.activation(mid @ self.W_in)                               # N F
-        post = (mid + neurons @ self.W_out) * drop[1]                            # N D
+        table = self.W_E + self.W_pos[:, None]                                   # T V D, every token everywhere
+        z = None                                                                 # N T D between two blocks
+        for block in self.blocks:
+            W_Q, W_K, W_V, W_O, W_in, W_out = (self.get_parameter(name + block) for name in BLOCK)
+            asked = slice(2, 3) if block == self.blocks[-1] else slice(0, 3)     # A of the T positions
+            with torch.autocast(x.device.type, enabled=False):  # attention is cheap: float32 always
+                if z is None:
+                    pre, scores, values = look_up(x, asked, table, W_Q, W_K, W_V)
+                else:
+                    pre, q, k, values = z[:, asked], heads(z[:, asked], W_Q), heads(z, W_K), heads(z, W_V)
+                    scores = torch.einsum('nahk,nthk->ntah', q, k)
+                att = (scores / W_Q.shape[2] ** 0.5).softmax(1)                  # N T A H
+                mixed = (att[..., None] * values[:, :, None]).sum(1).flatten(2)  # N A D, heads side by side
+            mid = (pre + mixed @ W_O.flatten(0, 1)) * drop[0]                    # N A D
+            neurons = self.activation(mid @ W_in)                                # N A F
+            z = (mid + neurons @ W_out) * drop[1]                                # N A D
         if acts is not None:
-            acts.update(att=att, resid_mid=mid, neurons=neurons, resid_post=post)
-        return post @ self.W_U                                                   # N C
+            acts.update(att=att[:, :, 0], values=values, resid_pre=pre[:, 0], resid_mid=mid[:, 0],
+                        neurons=neurons[:, 0], resid_post=z[:, 0])
+        return z[:, 0] @ self.W_U                                                # N C
+
+
+def heads(z, W):
+    """Vectors (.., D) as each head reads them through its matrix of W (H, D, K): (.., H, K)."""
+    return torch.einsum('...d,hdk->...hk', z, W)
+
+
+def look_up(x, asked, table, W_Q, W_K, W_V):
+    """What a block needs of tokens x (N, T) whose vectors stand in a table (T, V, D): those at the A asked
+    positions, the scores (N, T, A, H) with which they look at all T, values (N, T, H, K) of all."""
+    V = table.shape[1]
+    row = x + V * torch.arange(3, device=x.device)                               # N T, of TV
+    asker = row[:, asked] - V * asked.start                                      # N A, of AV
+    asking, everything = table[asked].flatten(0, 1), table.flatten(0, 1)         # AV D, TV D
+    q, k, v = heads(asking, W_Q), heads(everything, W_K), heads(everything, W_V)
+    scores = torch.einsum('ahk,bhk->abh', q, k).flatten(0, 1)                    # AVTV H: who asks, who is seen
+    pair = len(k) * asker[:, None] + row[:, :, None]                             # N T A, of AVTV
+    values = functional.embedding(row, v.flatten(1)).unflatten(2, v.shape[1:])   # N T H K
+    return functional.embedding(asker, asking), functional.embedding(pair, scores), values
+
+
+def network(o, d):
+    """A new model for the data d by the options o, a dict. Formulas share their columns of logits."""
+    n_tasks, n_classes = len(d.classes) // d.n_ops, sum(d.classes) // d.n_ops
+    return Transformer(o['p'], o['d_model'], o['n_heads'], n_classes, d.n_ops, n_tasks, o['init'])
 
 
 def task_losses(logits, y, classes):
@@ -87,9 +118,10 @@ def task_losses(logits, y, classes):
     columns = torch.stack([target + start for target, start in zip(y.unbind(1), starts)], 1)  # N Q
     right = z.gather(1, columns)                                                 # N Q
     wrong = z.scatter(1, columns, -torch.inf).split(classes, 1)                  # Q times N q
+    # the largest wrong logit; -inf, where no other class is possible, less itself would be no number
     top = torch.stack([block.detach().amax(1).clamp(min=-3e38) for block in wrong], 1)  # N Q
     sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
-    loss = F.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
+    loss = functional.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
     return loss.mean(0), ((right > top).sum(0).double() / len(y)).float()  # float32 / is not exact compiled
 
 

@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from torch.utils import benchmark
 import analyze
 import data
 from data import Refusal, need, refuse, say
-from model import FAN_IN, Muon, captured, fast_cpu, task_losses
+from model import BLOCK, Muon, captured, fast_cpu, network, task_losses
 
 # ---------------------------------------------------------------- options, by default the fast recipe
 
@@ -38,14 +39,14 @@ def option(name, default, help, *choices):
     OPTIONS[name] = default, help, choices
 
 
-option('task', 'miiii', ', '.join((*data.TASKS, *data.FAMILIES)) + ', or formulas as "a^2+b,a*(b-1)"')
+option('task', 'miiii', ', '.join(data.TASKS) + ', or formulas as "a^2+b,a*(b-1)"')
 option('p', 113, 'prime base, for add any number; the inputs are all p^2 pairs of digits')
 option('train_frac', 0.5, 'share of the pairs to train on')
 option('seed', 0, 'seed of initial weights and dropout')
 option('data_seed', 0, 'seed of the split (and of the shuffle in basis)')
 option('d_model', 256, 'width D; the MLP has 4D neurons')
 option('n_heads', 4, 'attention heads; must divide d_model')
-option('init', 'small', 'initial scale: he, by the text of the paper; .3 of that; or by its code', *FAN_IN)
+option('init', 'small', 'initial scale: he, by the text of the paper; .3 of that; or by its code', 'he', 'small', 'reference')
 option('dropout', 0.05, 'share of the residual stream dropped after attention')
 option('dropout_mlp', 0.2, 'and after the MLP; 0 = the same')
 option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
@@ -79,27 +80,34 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1, focus=4,
                d_model=2 ** 14, epochs=10 ** 7)
-EARLIER = dict(init='he', dropout=0.1, dropout_mlp=0.0, weight_decay=1.0, muon_lr=0.05, focus=0.0)
-FAST_NANDA = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000, spectra_every=256)
-ADAMW = EARLIER | dict(optimizer='adamw', muon_decay=0.1, decay_from=1.0, epochs=65536, spectra_every=256)
-PAPER = ADAMW | dict(lr=3e-4, weight_decay=1 / 3, lamb=0.5, init='reference', dropout_mask='batch')
-TENFOLD = dict(lr=1e-3, weight_decay=1.0, dropout_mask='example', decay_from=0.7, epochs=10000)
-PAPER_NANDA = ADAMW | dict(train_frac=0.3, d_model=128, dropout=0.0, lr=1e-3, epochs=25000)
-PRESETS = dict(  # basis and masked have the recipe of miiii, all formulas have one
-    fast=dict(miiii={}, nanda=FAST_NANDA, formula=FAST_NANDA | dict(p=97),
-              add=FAST_NANDA | dict(p=261, train_frac=0.1, epochs=600)),
-    paper=dict(miiii=PAPER, nanda=PAPER_NANDA, formula=PAPER_NANDA | dict(p=97),
-               add=PAPER_NANDA | dict(p=261)),
-    tenfold=dict(miiii=PAPER | TENFOLD))  # ten times the lr * weight_decay; other tasks as by paper
+PRESETS = dict(  # by task; basis and masked have the recipe of miiii, formulas have one for all
+    fast=dict(
+        miiii={},
+        nanda=dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000),
+        formula=dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000, p=97),
+        add=dict(train_frac=0.1, d_model=128, lr=1e-2, muon_decay=0.3, epochs=600, p=261)),
+    paper=dict(
+        miiii=dict(init='reference', dropout=0.1, dropout_mlp=0.0, dropout_mask='batch', optimizer='adamw',
+                   lr=3e-4, weight_decay=1 / 3, decay_from=1.0, focus=0.0, lamb=0.5, epochs=65536,
+                   spectra_every=256),
+        nanda=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
+                   lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256),
+        formula=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
+                     lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256,
+                     p=97),
+        add=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
+                 lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, p=261)),
+    tenfold=dict(  # ten times the lr * weight_decay of the paper
+        miiii=dict(init='reference', dropout=0.1, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
+                   weight_decay=1.0, decay_from=0.7, focus=0.0, lamb=0.5, epochs=10000, spectra_every=256)))
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-TORCHRUN = os.environ if 'TORCHELASTIC_RUN_ID' in os.environ else {}
-RANK, WORLD = int(TORCHRUN.get('RANK', 0)), int(TORCHRUN.get('WORLD_SIZE', 1))
 
 
 def recipe(preset, task):
     kind = dict(miiii='miiii', basis='miiii', masked='miiii', nanda='nanda', add='add').get(task, 'formula')
-    return DEFAULTS | PRESETS[preset].get(kind, PRESETS['paper'][kind])
+    need(kind in PRESETS[preset], f'the preset {preset} is for {", ".join(PRESETS[preset])}, not for {task}')
+    return DEFAULTS | PRESETS[preset][kind]
 
 
 def changes(o):
@@ -108,11 +116,17 @@ def changes(o):
     return {name: value for name, value in vars(o).items() if name not in HOW and value != base[name]}
 
 
+def flags(options):
+    """Options as words of a command line."""
+    words = [f'--{name}' if value is True else f'--{name}={value}' for name, value in options.items()]
+    return shlex.join(words)
+
+
 def parse(argv):
     """Command line -> all options: defaults < preset < given. A resumed run keeps its own. Raises Refusal."""
-    about = ['presets change:', *(f'  {name} {kind}: {analyze.flags(some)}' for name, kinds in PRESETS.items()
-                                  for kind, some in kinds.items())]
-    about += ['families:', *(f'  {name}: {formulas}' for name, formulas in data.FAMILIES.items())]
+    about = ['presets change:']
+    for preset, kinds in PRESETS.items():
+        about += [f'  {preset} {kind}: {flags(options)}' for kind, options in kinds.items()]
     parser = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,15 +139,16 @@ def parse(argv):
     o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
     o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
     here = [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['cpu']
-    o.device = here[0] if o.device == 'auto' else 'cuda:0' if o.device == 'cuda' else o.device
+    o.device = dict(auto=here[0], cuda='cuda:0').get(o.device, o.device)
     need(o.device in here, f'device {o.device} is not available, here is {", ".join(here)}')
     need(not o.sweep or not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
     if o.resume:
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
         own = ckpt['config']
-        need(isinstance(own, dict) and own.keys() <= OPTIONS.keys(), f'{o.out} has unknown options')
-        o = argparse.Namespace(**DEFAULTS | EARLIER | own | {name: getattr(o, name) for name in HOW})
+        same = isinstance(own, dict) and own.keys() == OPTIONS.keys()
+        need(same, f'cannot resume {o.out}: its options are not those of this version')
+        o = argparse.Namespace(**own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
         for name, value in given.items():
             was = vars(o)[name]
@@ -151,7 +166,7 @@ def parse(argv):
 def train(o):
     """One run from the data to the final table, as train(parse(['--task', 'nanda'])). Returns its folder.
     Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
-    out, cuda = Path(o.out), o.device != 'cpu'
+    out, cuda, commit = Path(o.out), o.device != 'cpu', git_commit()
     torch.manual_seed(o.seed)
     if cuda:
         torch.cuda.set_device(o.device)
@@ -160,16 +175,16 @@ def train(o):
         fast_cpu()
     bfloat16 = torch.autocast('cuda' if cuda else 'cpu', torch.bfloat16, enabled=o.precision == 'bfloat16')
 
-    # data: each part is one batch
+    # data: train, validation and test are one batch each, tokens and targets
     d = data.make(o.task, o.p, o.data_seed, o.device)
-    split = data.split(len(d.y), o.train_frac, o.data_seed)
-    parts = {name: d.part(rows.to(o.device)) for name, rows in zip(('train', 'valid', 'test'), split)}
-    (x_train, y_train), (x_valid, y_valid), _ = parts.values()
+    rows = dict(zip(('train', 'valid', 'test'), data.split(len(d.y), o.train_frac, o.data_seed)))
+    batches = {name: d.batch(some.to(o.device)) for name, some in rows.items()}
+    (x_train, y_train), (x_valid, y_valid), _ = batches.values()
     ln_q = torch.tensor(d.classes, device=o.device).log()
     task_weight = d.in_loss / d.in_loss.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
 
     # model
-    model = analyze.network(vars(o), d).to(o.device)
+    model = network(vars(o), d).to(o.device)
     if o.init_from:
         copy_weights(model, o)
     named = {name: w for name, w in model.named_parameters() if w.requires_grad}
@@ -196,9 +211,7 @@ def train(o):
         if not any(rates):
             return 1, 1
         rows = len(x_train) if o.dropout_mask == 'example' else 1
-        draws = torch.randint(-2 ** 63, 2 ** 63 - 1, (2, rows, -(-o.d_model // 4)), device=o.device)
-        bits = draws.view(torch.int16)[..., :o.d_model]  # 16 for each
-        return [(b >= round(2 ** 16 * rate) - 2 ** 15) / (1 - rate) for b, rate in zip(bits, rates)]
+        return [(torch.rand(rows, 1, o.d_model, device=o.device) >= rate) / (1 - rate) for rate in rates]
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
@@ -208,9 +221,10 @@ def train(o):
     def step():
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
         loss, acc = evaluate(x_train, y_train, dropout_masks())
+        hardness = ln_q * loss.detach() / loss.detach().mean().clamp(min=1e-30)  # all may be 0 at last
+        weight = task_weight * hardness ** o.focus  # focus 0: 1 / ln q each; 1: CE_q / sum of CE
         model.zero_grad()
-        hardness = ln_q * loss.detach() / loss.detach().mean().clamp(min=1e-30)
-        (task_weight * hardness ** o.focus @ loss).backward()  # focus 1: the weights are CE_q / sum of CE
+        (weight @ loss).backward()
 
         with torch.no_grad():
             valid_loss, valid_acc = evaluate(x_valid, y_valid)
@@ -230,9 +244,10 @@ def train(o):
     columns['grad_norm'] = list(named)
     history = {name: torch.zeros(o.epochs, len(labels), device=o.device) for name, labels in columns.items()}
     spectra = {}
-    if o.spectra_every and d.modular:
-        solver = [matrix.to(o.device) for matrix in analyze.solver_for(o.p, d)]
-        n_spectra, one = -(-o.epochs // o.spectra_every), analyze.spectra_of(model, d, solver, bfloat16)
+    if o.spectra_every and d.stride:
+        solver = [matrix.to(o.device) for matrix in analyze.wave_solver(o.p, d.classes, d.stride)]
+        one = analyze.spectra_of(model, d, solver, bfloat16)  # of the start, for their lengths
+        n_spectra = math.ceil(o.epochs / o.spectra_every)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0  # what a step changes, save and restore must name
 
@@ -266,38 +281,41 @@ def train(o):
             torch.set_rng_state(ckpt['rng']['cpu'])
             if cuda and ckpt['rng']['cuda'] is not None:
                 torch.cuda.set_rng_state(ckpt['rng']['cuda'], o.device)
-            records = np.load(out / 'metrics.npz') if epoch else {}
-            for name, table in (history | spectra).items() if epoch else ():
-                n = epoch if name in history else -(-epoch // o.spectra_every)
-                table[:n] = torch.from_numpy(records[name][:n])
+            if epoch:
+                records = np.load(out / 'metrics.npz')
+                for name, table in (history | spectra).items():
+                    length = epoch if name in history else math.ceil(epoch / o.spectra_every)
+                    table[:length] = torch.from_numpy(records[name][:length])
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
             refuse(f'cannot resume {out}: ckpt.pt or metrics.npz is damaged or missing ({str(e)[:150]!r})')
 
     if cuda and net is not model:
         step = captured(step)
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    device = torch.cuda.get_device_name() if cuda else device
-    sizes, n_params = dict(zip(parts, map(len, split))), sum(w.numel() for w in model.parameters())
-    counts = ' + '.join(f'{n} {part}' for part, n in sizes.items())
+    if cuda:
+        device = torch.cuda.get_device_name()
+    sizes = {name: len(some) for name, some in rows.items()}
+    counts = ' + '.join(f'{size} {name}' for name, size in sizes.items())
+    n_params = sum(w.numel() for w in model.parameters())
     say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters, {device}')
-    say(f'options: {analyze.flags(dict(preset=o.preset) | changes(o))}')
-    idle = dict(muon_lr=not by_muon, muon_decay=not by_muon, alpha=not o.lamb, dropout_mask=not any(rates))
-    for name in changes(o):
-        if idle.get(name) or name == 'spectra_every' and not d.modular:
-            say(f'note: --{name} has no effect here')
+    told = flags(dict(preset=o.preset) | changes(o))
+    say(f'options: {told}')
     if o.bench:
-        return bench(o, d, device, step)
+        return bench(o, d, step)
 
     # ---------------------------------------------------------------- the loop
     with data.claim(out), contextlib.ExitStack() as held:
         used = {'ckpt.pt', 'metrics.npz', 'summary.json', 'snapshots'} & set(os.listdir(out))
         need(o.resume or not used, f'{out} holds a run; go on with it by --resume, or choose another --out')
-        restore() if o.resume else save()  # a full or read-only disk shows itself before any work is done
-        with torch.no_grad():
+        if o.resume:
+            restore()
+        else:
+            save()  # a full or read-only disk shows itself before any work is done
+        with torch.no_grad():  # a yardstick for the eye, before any step
             start_loss = (evaluate(x_valid, y_valid)[0] / ln_q).mean()
         say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
         stop = stop_signals(held)
-        one_line = WORLD == 1 and sys.stdout is not None and sys.stdout.isatty()
+        one_line = sys.stdout is not None and sys.stdout.isatty()
         looked = saved = time.perf_counter()
         looked_epoch, last = epoch, epoch == o.epochs
         while not last:
@@ -321,22 +339,17 @@ def train(o):
             last = epoch == o.epochs or bool(stop)
             if not last and now - looked < (1 if one_line else 30):
                 continue
-            rows = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
-            bad = [f'{name} of {columns[name][j]} at epoch {looked_epoch + i}' for name, block in rows.items()
-                   for i, j in np.argwhere(~np.isfinite(block))[:1]]
-            bad += [f'{name} at epoch {epoch}' for name, w in named.items() if not w.isfinite().all()]
-            if bad:
-                raise Diverged(f'{bad[0]} is not finite; the last good checkpoint in {out} is kept; '
-                               'start anew in another --out with a lower --lr or --muon_lr')
+            fresh = {name: table[looked_epoch:epoch].cpu().numpy() for name, table in history.items()}
+            check_finite(fresh, columns, named, looked_epoch, epoch, out)
             now = time.perf_counter()
             rate = (epoch - looked_epoch) / (now - looked)
             wall += now - looked
             looked, looked_epoch = now, epoch
-            acc = rows['valid_acc'][-1]
-            eta = timedelta(seconds=round((o.epochs - epoch) / rate))
-            line = (f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}  ETA {eta}  grokked '
-                    f'{(acc >= 0.99).sum()}/{len(acc)}  train {rows["train_acc"][-1].mean():.3f}  '
-                    f'valid {acc.mean():.3f}  worst {acc.min():.3f}  {rate:.3g} epochs/s')
+            acc, train_acc = fresh['valid_acc'][-1], fresh['train_acc'][-1]
+            line = f'epoch {epoch:,}/{o.epochs:,} {epoch / o.epochs:4.0%}'
+            line += f'  ETA {timedelta(seconds=round((o.epochs - epoch) / rate))}'
+            line += f'  grokked {(acc >= 0.99).sum()}/{len(acc)}  train {train_acc.mean():.3f}'
+            line += f'  valid {acc.mean():.3f}  worst {acc.min():.3f}  {rate:.3g} epochs/s'
             if one_line:
                 line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
             say(line, end='' if one_line and not last else '\n')
@@ -346,14 +359,15 @@ def train(o):
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
             with torch.no_grad(), bfloat16:
-                logits = {part: model(x).view(len(y), -1).float() for part, (x, y) in parts.items()}
-            valid_acc = history['valid_acc'].cpu().numpy()
-            tasks, objective = analyze.scores(d, logits, parts, task_weight, valid_acc)
+                logits = {name: model(x).view(len(y), -1).float() for name, (x, y) in batches.items()}
+            tasks = scores(d, batches, logits, history['valid_acc'].cpu().numpy())
+            weight = task_weight.tolist()
+            objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in batches}
             summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
-                           epochs_per_s=epoch / wall, device=device, versions=VERSIONS, config=vars(o),
-                           changed=changes(o))
+                           epochs_per_s=epoch / wall, device=device, versions=VERSIONS, commit=commit,
+                           options=told, config=vars(o))
             data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
-            say(analyze.score_table(tasks))
+            say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
         if stop:
             how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
@@ -367,6 +381,16 @@ class Diverged(Refusal):
     """A loss, gradient or weight is not finite."""
 
 
+def check_finite(records, columns, weights, first_epoch, epoch, out):
+    """Raises Diverged if a record since first_epoch, or a weight at this epoch, is not finite."""
+    bad = [f'{name} of {columns[name][j]} at epoch {first_epoch + i}' for name, block in records.items()
+           for i, j in np.argwhere(~np.isfinite(block))[:1]]
+    bad += [f'{name} at epoch {epoch}' for name, w in weights.items() if not w.isfinite().all()]
+    if bad:
+        raise Diverged(f'{bad[0]} is not finite; the last good checkpoint in {out} is kept; '
+                       'start anew in another --out with a lower --lr or --muon_lr')
+
+
 def snapshot_due(epoch, per_doubling):
     """At epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever the length of the run."""
     steps = per_doubling and round(per_doubling * math.log2(max(epoch, 1)))
@@ -377,16 +401,19 @@ def copy_weights(model, o):
     """--init_from, --copy, --freeze: matrices of another run, or W_E of the digits from a file."""
     source, ours = Path(o.init_from), model.state_dict()
     from_file = source.suffix in ('.npy', '.pt') and not source.is_dir()
-    names = dict(embed=['W_E'], block='W_Q W_K W_V W_O W_in W_out'.split(), all=list(ours))
-    names = names['embed' if from_file else o.copy]
     need(not from_file or o.copy != 'block', '--init_from with a file is for W_E: --copy embed')
+    block = [name for name in ours if name.startswith(tuple(BLOCK))]
+    names = dict(embed=['W_E'], block=block, all=list(ours))['embed' if from_file else o.copy]
     need(not o.freeze or len(names) < len(ours), '--freeze with --copy all leaves nothing to train')
     for name in names:
         model.get_parameter(name).requires_grad_(not o.freeze)
     if o.resume:  # it has its weights, and goes on without their source
         return
     if from_file:
-        theirs = dict(W_E=torch.cat([analyze.rows_for(source, o.p, o.d_model), ours['W_E'][o.p:].cpu()]))
+        digits = data.load_matrix(source)
+        fits = digits.shape == (o.p, o.d_model)
+        need(fits, f'{source} is {[*digits.shape]}, and [p, d_model] = {[o.p, o.d_model]} is needed')
+        theirs = dict(W_E=torch.cat([digits, ours['W_E'][o.p:].cpu()]))
     else:
         theirs = data.load(source / 'ckpt.pt', ('model', 'config'))['model']
     for name in names:
@@ -405,41 +432,102 @@ def stop_signals(held):
         caught.append(number)
         held.close()  # gives the signals back
 
-    main = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)) * main:
-        former = signal.getsignal(number)
-        if former not in (signal.SIG_IGN, catch):
-            signal.signal(number, catch)
-            held.callback(signal.signal, number, former)
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}:
+            former = signal.getsignal(number)
+            if former != signal.SIG_IGN:
+                signal.signal(number, catch)
+                held.callback(signal.signal, number, former)
     return caught
 
 
-def bench(o, d, device, step):
-    """Milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
-    def ms(fn, n):
+def git_commit():
+    """Of this code; with -dirty if it was changed since, '' where git does not know it."""
+    ask = 'git describe --always --dirty --exclude=*'
+    done = subprocess.run(ask, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+# ---------------------------------------------------------------- what a run came to
+
+def grok_epochs(acc, final):
+    """First epoch with accuracy >= 0.99, and the first from which it stays there; None if there is none.
+    acc (E,) by epoch, then `final`."""
+    up = np.append(acc, final) >= 0.99
+    down = np.flatnonzero(~up)
+    held = down[-1] + 1 if len(down) else 0
+    return int(up.argmax()) if up.any() else None, int(held) if held < len(up) else None
+
+
+def scores(d, batches, logits, valid_acc):
+    """What every task came to at the end of a run: a list of dicts.
+
+    batches {name: (tokens, targets (N, Q))} and logits {name: (N, columns)} of train, valid and test;
+    valid_acc (E, Q) by epoch, for the epochs of .99. Where a and b may be swapped, also the accuracy on test
+    rows whose swapped pair was trained on, and on the others; None where there are no such rows.
+    """
+    p = round(len(d.y) ** 0.5)
+    x0, x1 = ({name: x[::d.n_ops, digit] for name, (x, _) in batches.items()} for digit in (0, 1))
+    is_seen = torch.isin(x1['test'] + p * x0['test'], x0['train'] + p * x1['train'])
+    measured = {name: (logits[name], y) for name, (_, y) in batches.items()}
+    for name, rows in dict(test_swapped_seen=is_seen, test_swapped_unseen=~is_seen).items():
+        measured[name] = logits['test'][rows], batches['test'][1][rows]
+    measured = {name: task_losses(z, y, d.classes) if len(y) else None for name, (z, y) in measured.items()}
+    tasks = []
+    for i, (name, q) in enumerate(zip(d.names, d.classes)):
+        task = dict(name=name, classes=q)
+        for of in batches:
+            task |= {f'{of}_loss': measured[of][0][i].item(), f'{of}_acc': measured[of][1][i].item()}
+        task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
+        targets = d.y[:, i].view(p, p)
+        if torch.equal(targets, targets.T):
+            for of in ('seen', 'unseen'):
+                found = measured[f'test_swapped_{of}']
+                task[f'test_acc_swapped_{of}'] = found and found[1][i].item()
+        tasks.append(task)
+    return tasks
+
+
+def score_table(tasks):
+    """The same as text."""
+    columns = dict(train_acc='train acc', valid_acc='valid acc', test_acc='test acc',
+                   grok_epoch='valid .99 from epoch', grok_epoch_sustained='for good',
+                   test_acc_swapped_seen='test if b,a is trained', test_acc_swapped_unseen='if it is not')
+    columns = {name: title for name, title in columns.items() if any(name in task for task in tasks)}
+    rows = [['task', *columns.values()]]
+    rows += [[task['name'], *(task.get(name) for name in columns)] for task in tasks]
+    means = [np.mean([task[f'{of}_acc'] for task in tasks]).item() for of in ('train', 'valid', 'test')]
+    solved = f'{sum(task["valid_acc"] == 1 for task in tasks)} of {len(tasks)} at 1.0'
+    rows.append(['mean', *means, solved, *[''] * (len(columns) - 4)])
+    return f'\n{data.aligned(rows)}'
+
+
+# ---------------------------------------------------------------- other ways to run
+
+def bench(o, d, step):
+    """Print milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
+    def ms(fn, times):
         for _ in range(5):
             fn()
         timer = benchmark.Timer('fn()', globals=dict(fn=fn), num_threads=torch.get_num_threads())
-        return 1e3 * timer.timeit(n).mean
-    a = torch.randn(4096, 1024, device=o.device, dtype=torch.bfloat16 if o.precision == 'bfloat16' else None)
+        return 1e3 * timer.timeit(times).mean
+
+    dtype = torch.bfloat16 if o.precision == 'bfloat16' else torch.float32
+    a = torch.randn(4096, 1024, device=o.device, dtype=dtype)
     epoch, product = ms(step, o.bench), ms(lambda: a @ a.T, 9)
     train, valid, _ = (len(rows) * d.n_ops for rows in data.split(len(d.y), o.train_frac))
-    per_row = 2e-9 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # forward: W_O, W_in, W_out, W_U
+    per_row = 2e-9 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # W_O, W_in, W_out, W_U
     gflop = per_row * (3 * train + valid)  # backward takes twice the forward
     rate, limit = gflop / epoch * 1e3, 2 * 4096 ** 2 * 1024 / product / 1e6
     say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at '
         f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
-    say(json.dumps(dict(epoch_ms=epoch, gflop=gflop, gflops=rate, product_gflops=limit, device=device,
-                        versions=VERSIONS, config=vars(o))))
 
 
 def sweep(o, argv):
-    """Train the settings that are not trained yet, a folder each, and rank all; torchrun shares them."""
+    """Train the settings that are not trained yet, a folder each, and rank all."""
     given, axes = {word.split('=')[0] for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
-        if name == 'task':  # the formulas of a family, each by itself
-            values = ','.join(data.FAMILIES.get(task, task) for task in values.split(','))
         if f'--{name}' not in given:
             axes[name] = values.split(',')
     settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
@@ -447,17 +535,16 @@ def sweep(o, argv):
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(o.seed))
     settings = [settings[i] for i in order[:o.sweep]]  # a longer sweep begins with the shorter one
     root, runs = Path(o.out if '--out' in given else f'{o.out}-sweep'), []
-    gpu = [f'--device=cuda:{TORCHRUN["LOCAL_RANK"]}'] if WORLD > 1 and o.device != 'cpu' else []
     for setting in settings:  # most faults show themselves before any work is done
         words = [f'{name}={value}' for name, value in setting.items()]
         out = root / ','.join(words).replace('*', 'x')
-        words = [*argv, *gpu, *(f'--{word}' for word in words), f'--out={out}', '--sweep=0']
+        words = [*argv, *(f'--{word}' for word in words), f'--out={out}', '--sweep=0']
         fresh = parse(words)
         data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)
         begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
         need(changes(begun) == changes(fresh), f'{out} was trained with other options; choose another --out')
         runs.append(begun)
-    for begun in runs[RANK::WORLD]:
+    for begun in runs:
         summary = Path(begun.out, 'summary.json')
         if summary.exists() and json.loads(summary.read_text())['epochs'] >= begun.epochs:
             continue
@@ -466,14 +553,35 @@ def sweep(o, argv):
             train(begun)
         except Diverged as e:
             say(f'note: {e}')  # without a summary it ranks last
-    say(analyze.rank(root, settings, [begun.out for begun in runs]))
+    say(rank(root, settings, runs))
+
+
+def rank(root, settings, runs):
+    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the best, as text."""
+    rows = []
+    for setting, o in zip(settings, runs):
+        row = setting | dict(valid_loss=np.inf, valid_acc='', grokked='', folder=o.out)
+        file = Path(o.out, 'summary.json')
+        if file.exists():
+            summary = json.loads(file.read_text())
+            accs = np.array([task['valid_acc'] for task in summary['tasks']])
+            row |= dict(valid_loss=summary['objective']['valid'], valid_acc=accs.mean())
+            row['grokked'] = (accs >= 0.99).sum()
+        rows.append(row)
+    rows.sort(key=lambda row: row['valid_loss'])
+    lines = [','.join(rows[0]), *(','.join(f'"{value}"' for value in row.values()) for row in rows)]
+    data.write(root / 'sweep.csv', lambda f: f.write('\n'.join(lines).encode()))
+    best = [f'{row["valid_loss"]:8.4f}  {Path(row["folder"]).name}' for row in rows[:10]]
+    return '\n'.join(['', f'validation loss / ln q, the best of {root / "sweep.csv"}', *best])
 
 
 def main(argv):
     o = parse(argv)
-    one_run = WORLD == 1 and o.sweep_space == DEFAULTS['sweep_space']
-    need(o.sweep or one_run, 'torchrun and --sweep_space are for --sweep N')
-    sweep(o, argv) if o.sweep else train(o)
+    need(o.sweep or o.sweep_space == DEFAULTS['sweep_space'], '--sweep_space is for --sweep N')
+    if o.sweep:
+        sweep(o, argv)
+    else:
+        train(o)
 
 
 if __name__ == '__main__':
