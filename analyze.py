@@ -905,10 +905,11 @@ def record(run):
     s = json.loads(file.read_text())
     need(s['epochs'] == run.epoch and 'commit' in s, f'{file} is not of this state of the run')
     words = [word for word in shlex.split(s['options']) if not word.startswith(('--seed', '--data_seed'))]
-    row = [shlex.join(words), run.config['seed'], run.config['data_seed'], s['commit'], s['epochs']]
+    row = [shlex.join(words), run.config['seed'], run.config['data_seed'], s['commit'], s['epochs'],
+           len(s['tasks'])]
     for rows in ('valid', 'test'):
         acc = np.array([task[f'{rows}_acc'] for task in s['tasks']])
-        row += [f'{acc.mean():.4f}', len(acc), (acc >= 0.99).sum(), (acc == 1).sum()]
+        row += [f'{acc.mean():.4f}', (acc >= 0.99).sum(), (acc == 1).sum()]
     for key in ('grok_epoch', 'grok_epoch_sustained'):
         row.append(' '.join('-' if task[key] is None else str(task[key]) for task in s['tasks']))
     row += [f'{s["wall_s"] / 60:.3g}', s['device'], s['versions']['torch']]

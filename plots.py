@@ -5,7 +5,7 @@
     python plots.py out/miiii out/nanda        # of both, and comparisons in the first one's folder
     python plots.py --data                     # those that need no run, in out/figures
     python plots.py --embedding numbers.npy    # the spectrum of any matrix with a row per number
-    python plots.py out/miiii --animate waves  # and a GIF through training: waves or embedding
+    python plots.py out/miiii --animate        # and a GIF of the waves through training
 
 In a notebook: plots.mechanism(analyze.load_run('assets/nanda')) is a matplotlib figure.
 """
@@ -172,11 +172,11 @@ def targets():
 
 
 @figure('file')
-def spectrum(path):
+def periods(path):
     """How much of each frequency a matrix has over its rows. The numbers are the periods, in rows, of those
     that stand out."""
-    W = analyze.load_matrix(Path(path))
-    found, _, _, norms, noise = analyze.outliers(W)
+    W = data.load_matrix(Path(path))
+    found, norms, noise = analyze.outliers(W)
     k = np.arange(1, len(norms) + 1)
     fig, ((ax, right),) = panels(1, 2, 2.6, width_ratios=(3, 1))
     ax.fill_between(k, noise.min(0), noise.max(0), color='#DDDDDD', label='noise of as much power')
@@ -256,18 +256,18 @@ def gradients(run):
 def singular_vectors(run):
     """The strongest left singular vectors of W_E, those that make half of the sum of its singular values.
     Filled: positive, hollow: negative; stripes are waves over the digits (figures 9 and 10)."""
-    n = run.final['W_E singular values to 50 %']
+    n = run.final()['W_E singular values to 50 %']
     rows = min(n, CORNER)
     fig, ((ax,),) = panels(1, 1, 0.8 + 7 * rows / CORNER)
-    hinton(ax, run.arrays['left_vectors'].T[:rows], xlabel='digit', ylabel='vector')
+    hinton(ax, run.arrays()['left_vectors'].T[:rows], xlabel='digit', ylabel='vector')
     return fig
 
 
 @figure('one')
 def neuron(run):
     """The neuron that has most of one wave (figure 4): its activation, and its spectrum over both digits."""
-    a = run.arrays
-    i = run.arrays['neuron_ids'][3]
+    a = run.arrays()
+    i = run.arrays()['neuron_ids'][3]
     fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
     draw_neuron(axes[0], a, 3)
     q, k = a['neuron_wave'][i]
@@ -290,7 +290,7 @@ def draw_neuron(axes, arrays, column):
 def waves(run):
     """Which waves cos(2πk n/q) the neurons hold: shares of what depends on both digits together. Filled
     squares, or blue bars: clearly held, more than the average and ten times noise. Hollow or grey: not."""
-    a, one = run.arrays, one_modulus(run)
+    a, one = run.arrays(), one_modulus(run)
     fig, ((ax,),) = panels(1, 1, 2.3 if one else 4.4)
     share = a['wave_shares'][0]
     draw_waves(ax, run, share, share.max())
@@ -300,7 +300,7 @@ def waves(run):
 def draw_waves(ax, run, share, most):
     """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per
     k."""
-    q, k = run.arrays['freqs'].T
+    q, k = run.arrays()['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
     if one_modulus(run):
         return stems(ax, k, share, carried, ylabel='share', ylim=(0, most * 1.15))
@@ -316,7 +316,7 @@ def draw_waves(ax, run, share, most):
 def variance(run):
     """What the neurons depend on, as shares of their variance over all inputs. The answers need the sum
     waves; ReLU makes the difference waves beside them."""
-    a, s = run.arrays, run.data.stride
+    a, s = run.arrays(), run.data.stride
     parts = {'x0 or x1 alone': 'one digit alone', 'sum waves': f'sum waves, of x0 + {s} x1',
              'difference waves': f'difference waves, of x0 − {s} x1', 'the rest': 'the rest'}
     fig, ((ax,),) = panels(1, 1, 2.7)
@@ -330,7 +330,7 @@ def variance(run):
 @figure('one')
 def omega(run):
     """How many frequencies the neurons use, counted in three ways, at the epochs whose weights were kept."""
-    a = run.arrays
+    a = run.arrays()
     x = a['snapshot_epoch']
     spectrum = a['snapshot_spectrum'][:, 1:]
     fig, ((top,), (ax,)) = panels(2, 1, 4.8, sharex=True)
@@ -350,7 +350,7 @@ def omega(run):
 @figure('one')
 def clusters(run):
     """Which modulus q, or frequency k, each neuron serves."""
-    a, one = run.arrays, one_modulus(run)
+    a, one = run.arrays(), one_modulus(run)
     fig, ((ax, bars),) = panels(1, 2, 2.7, width_ratios=(2, 3))
     by_wave, by_k = (np.sort(a[f'neuron_{by}_share'])[::-1] for by in ('wave', 'k'))
     ax.plot(by_wave, c=BLUE, label='best wave (q, k), of what needs both digits')
@@ -358,7 +358,8 @@ def clusters(run):
     ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.35), yticks=(0, 0.5, 1))
     ax.legend(loc='upper right')
     pure = a['neuron_wave_share'] > 0.5
-    names, counts = np.unique(a['neuron_wave'][pure, int(one)], return_counts=True)
+    q, k = a['neuron_wave'][pure].T
+    names, counts = np.unique(k if one else q, return_counts=True)
     bars.bar([str(n) for n in names], counts, color=BLUE)
     bars.tick_params(axis='x', labelsize=6, rotation=90 if len(names) > 12 else 0)
     bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons')
@@ -372,7 +373,7 @@ def clusters(run):
 def circuits(run):
     """Accuracy on numbers never seen with the neurons of one q at their mean; right, with all others at
     theirs. A neuron is of the q of its wave, or of the k if there is one modulus."""
-    a = run.arrays
+    a = run.arrays()
     names, sizes = a['groups'], a['group_sizes']
     if one_modulus(run):
         fig, ((ax,),) = panels(1, 1, 2.4)
@@ -399,44 +400,24 @@ def circuits(run):
 
 @figure('one')
 def shared(run):
-    """Accuracy on numbers never seen without one frequency of the digits in W_E, and without one or two heads
-    of attention."""
-    a, H = run.arrays, run.config['n_heads']
+    """Accuracy on numbers never seen without one or two heads of attention."""
+    accuracy, H = run.arrays()['heads'], run.config['n_heads']
     heads = [str(h) for h in range(H)] + [f'{h}, {i}' for h, i in itertools.combinations(range(H), 2)]
-    fig, axes = panels(1, 2, 4.6)
     names = rows_of(run)
-    k = [str(i + 1) if i % 5 == 4 else '' for i in range(len(a['frequencies']))]
-    both = ((a['frequencies'], k, 'frequency k of W_E taken out'), (a['heads'], heads, 'heads taken out'))
-    for ax, (accuracy, labels, title) in zip(axes[0], both):
-        mesh = ax.imshow(accuracy, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
-        ax.set_yticks(range(len(labels)), labels, fontsize=6)
-        ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
-        ax.set(ylabel=title, xlabel='task' if one_modulus(run) else 'task n mod q')
-    fig.colorbar(mesh, ax=axes, label='accuracy', pad=0.02)
-    return fig
-
-
-@figure('one')
-def formation(run):
-    """How the waves of each group come into the neurons, and how its task is learned, both from 0 at the
-    first to 1 at the last epoch."""
-    names, epochs, waves, learning, at_half = analyze.formation(run)
-    fig, axes = panels(1, 2, 3.6)
-    titles = ('share of its waves in the layer', 'accuracy on numbers never seen')
-    for ax, values, title in zip(axes[0], (waves, learning), titles):
-        over_time(fig, ax, epochs, values, names, 'progress', vmin=0, vmax=1)
-        ax.set(title=title, xscale='linear', ylabel='frequency k' if one_modulus(run) else 'task n mod q')
-    if np.isfinite(at_half).any():
-        median = f'when a task is half learned: {np.nanmedian(at_half):.0%} (median)'
-        axes[0, 0].set_title(f'{titles[0]};\n{median}')
+    fig, ((ax,),) = panels(1, 1, 0.9 + 0.16 * len(heads))
+    mesh = ax.imshow(accuracy, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
+    ax.set_yticks(range(len(heads)), heads, fontsize=6)
+    ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
+    ax.set(ylabel='heads taken out', xlabel='task' if one_modulus(run) else 'task n mod q')
+    fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
     return fig
 
 
 @figure('one')
 def mechanism(run):
     """How it adds modulo p: its logits are cosines of a few key frequencies k, with w_k = 2πk/p."""
-    a = run.arrays
-    n = run.final
+    a = run.arrays()
+    n = run.final()
     d = np.arange(run.p)
     fit = a['fit']
     key = np.array(n['key frequencies'], int)
@@ -467,9 +448,9 @@ def bases(run):
     fig, axes = panels(2, 2, 3.9, sharey='row')
     for row, matrix in zip(axes, ('W_E', 'W_L')):
         for ax, basis, by in zip(row, (matrix, f'{matrix}_mult'), ('', ' by logarithm')):
-            cos, sin = run.arrays[f'{basis}_cos_sin']
+            cos, sin = run.arrays()[f'{basis}_cos_sin']
             k = np.arange(1, len(cos) + 1)
-            n = run.final[f'{matrix} effective frequencies{by}']
+            n = run.final()[f'{matrix} effective frequencies{by}']
             ax.bar(k - 0.2, cos, 0.4, color=BLUE, label='cosine')
             ax.bar(k + 0.2, sin, 0.4, color=ORANGE, label='sine')
             ax.set(xlabel='frequency k over the ' + ('discrete logarithms' if by else 'residues'))
@@ -484,8 +465,8 @@ def bases(run):
 def pattern(run):
     """The logit of answer 1 for all a = x0, b = x1, and its spectrum. Left in the order 0, 1, 2, …; right
     by their discrete logarithms, in which a product is a sum."""
-    grids = run.arrays['pattern']
-    order = run.arrays['by_log']
+    grids = run.arrays()['pattern']
+    order = run.arrays()['by_log']
     fig, axes = panels(len(grids), 4, 0.4 + 2.2 * len(grids))
     for row, grid, name in zip(axes, grids, rows_of(run)):
         by_log = grid[np.ix_(order, order)]
@@ -504,8 +485,8 @@ def pattern(run):
 def components(run):
     """How much of each frequency every part of the network writes into the logits, mean over pairs that it
     was not trained on."""
-    spectra = run.arrays['class_spectra']
-    n = run.final
+    spectra = run.arrays()['class_spectra']
+    n = run.final()
     C = run.data.classes[0]
     tau = n['tau, the highest low frequency']
     shares = n['logits of "=", heads, MLP: low share']
@@ -526,25 +507,22 @@ def components(run):
 
 @figure('one')
 def filters(run):
-    """Right and nearly right answers without the low or the high frequencies over the classes in what a part
-    writes."""
-    n, names = run.final, ['nothing']
+    """Right and nearly right answers without the low or the high frequencies over the classes in what a
+    component writes."""
+    n, names = run.final(), ['nothing']
     names += [f'{band} from {where}' for band in ('low', 'high') for where in ('MLP', 'attention', 'both')]
     rows = np.array([n[f'filtered: {name}'] for name in names])
     random = np.array([n.get(f'filtered: {name}, random', [np.nan] * 5) for name in names])
-    of_errors = (4,) if run.data.modular else (3, 4)  # a distance of tens says nothing modulo p
+    of_errors = (4,) if run.data.stride else (3, 4)  # a distance of tens says nothing modulo p
     fig, ((left, right),) = panels(1, 2, 3.1, sharey=True)
     y = np.arange(len(rows))
-    left.set_title('share of the pairs')
-    right.set_title('share of the errors')
-    for ax, columns in ((left, (0, 1, 2)), (right, of_errors)):
+    for ax, title, columns in ((left, 'share of the pairs', (0, 1, 2)), (right, 'share of the errors', of_errors)):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
-            ax.barh(y + 0.27 * (i - 1), rows[:, column], 0.25, color=colour, label=analyze.SCORES[column])
-        ax.set_xlim(0, 1)
-    for i in range(3):
-        label = None if i else 'as many random directions taken out'
-        left.plot(random[:, i], y + 0.27 * (i - 1), 'k|', ms=6, label=label)
-    for ax in (left, right):
+            at = y + 0.27 * (i - 1)
+            ax.barh(at, rows[:, column], 0.25, color=colour, label=analyze.SCORES[column])
+            if ax is left:
+                ax.plot(random[:, column], at, 'k|', ms=6, label='random directions instead' if i == 2 else None)
+        ax.set(xlim=(0, 1), title=title)
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
     left.set_yticks(y, ['nothing removed', *names[1:]])
     left.invert_yaxis()
@@ -559,8 +537,8 @@ def positional(*runs):
     7)."""
     fig, axes = panels(len(runs), 1, 0.4 + 1.1 * len(runs))
     for ax, run in zip(axes[:, 0], runs):
-        hinton(ax, run.arrays['W_pos'][:2], xlabel='dimension')
-        ax.set_title(f'{name_of(run)}: correlation of the two {run.final["W_pos correlation"]:.2f}')
+        hinton(ax, run.arrays()['W_pos'][:2], xlabel='dimension')
+        ax.set_title(f'{name_of(run)}: correlation of the two {run.final()["W_pos correlation"]:.2f}')
         ax.set_yticks((0, 1), ('x0', 'x1'))
     return fig
 
@@ -571,20 +549,16 @@ def singular_values(*runs):
     (figure 8)."""
     fig, axes = panels(len(runs), 1, 0.6 + 1.6 * len(runs), sharex=True)
     for ax, run in zip(axes[:, 0], runs):
-        S = run.arrays['singular_values']
-        null = run.arrays['singular_values_initial']
+        S, null = run.arrays()['singular_values'], run.arrays()['singular_values_initial']
         ax.bar(np.arange(len(S)) + 1, S / S.sum(), color=BLUE, label='trained')
         ax.plot(np.arange(len(S)) + 1, null / null.sum(), c='k', label='at initialisation')
-        for share in (50, 90):
-            of_sum = run.final[f'W_E singular values to {share} %']
-            of_squares = run.final[f'W_E singular values to {share} % of variance']
-            ax.axvline(of_sum + 0.5, c=ORANGE)
-            ax.axvline(of_squares + 0.5, c=GREEN, ls='--')
-            text = functools.partial(ax.text, transform=ax.get_xaxis_transform(), va='top', fontsize=7)
-            text(of_sum + 1, 0.98, f'{share} % of the sum: {of_sum}')
-            text(of_squares + 1, 1.16 - 0.006 * share, f'{share} % of the variance: {of_squares}')
+        for share, colour in ((50, ORANGE), (90, GREEN)):
+            of_sum = run.final()[f'W_E singular values to {share} %']
+            of_squares = run.final()[f'W_E singular values to {share} % of variance']
+            ax.axvline(of_sum + 0.5, c=colour, label=f'{share} % of the sum: {of_sum}')
+            ax.axvline(of_squares + 0.5, c=colour, ls='--', label=f'{share} % of the variance: {of_squares}')
         ax.set(ylabel='share of the sum', title=name_of(run))
-    axes[0, 0].legend(loc='center right')
+        ax.legend(loc='upper right', ncols=2)
     axes[-1, 0].set_xlabel('index')
     return fig
 
@@ -595,25 +569,21 @@ def embedding(*runs):
     negative; right how much of each frequency."""
     fig, axes = panels(len(runs), 2, 0.3 + 3.4 * len(runs))
     for (corner, ax), run in zip(axes, runs):
-        norms = run.arrays['W_E_norms']
-        hinton(corner, run.arrays['W_E_fourier'], xlabel='dimension', title=f'{name_of(run)}: W_E')
+        norms = run.arrays()['W_E_norms']
+        hinton(corner, run.arrays()['W_E_fourier'], xlabel='dimension', title=f'{name_of(run)}: W_E')
         rows = range(0, min(CORNER, run.p), 3)
         names = ['const'] + [f'{"cos" if r % 2 else "sin"} {(r + 1) // 2}' for r in rows[1:]]
         corner.set_yticks(rows, names, fontsize=6)
-        draw_norms(ax, run, norms, norms.max())
+        line = analyze.threshold(torch.tensor(norms)).item()
+        k = np.arange(1, len(norms) + 1)
+        ax.bar(k, norms, color=np.where(norms > line, ORANGE, BLUE))
+        ax.axhline(line, c=ORANGE, ls='--', lw=0.8, label='mean + 2 sd')
+        null = run.arrays()['W_E_norms_initial']
+        same_power = null * np.sqrt((norms ** 2).sum() / (null ** 2).sum())
+        ax.plot(k, same_power, c='k', lw=0.8, label='at initialisation, scaled to the same power')
+        ax.set(xlabel='frequency k', ylabel='norm of cos and sin', ylim=(0, 1.3 * norms.max()))
+        ax.legend(loc='upper right')
     return fig
-
-
-def draw_norms(ax, run, norms, most):
-    null = run.arrays['W_E_norms_initial']
-    line = analyze.threshold(torch.tensor(norms)).item()
-    k = np.arange(1, len(norms) + 1)
-    ax.bar(k, norms, color=np.where(norms > line, ORANGE, BLUE))
-    ax.axhline(line, c=ORANGE, ls='--', lw=0.8, label='mean + 2 sd')
-    same_power = null * np.sqrt((norms ** 2).sum() / (null ** 2).sum())
-    ax.plot(k, same_power, c='k', lw=0.8, label='at initialisation, scaled to the same power')
-    ax.set(xlabel='frequency k', ylabel='norm of cos and sin', ylim=(0, 1.3 * most))
-    ax.legend(loc='upper right')
 
 
 @figure('any')
@@ -622,7 +592,7 @@ def neurons(*runs):
     fig, axes = panels(2 * len(runs), 3, 0.3 + 5.4 * len(runs))
     for row, run in zip(range(0, len(axes), 2), runs):
         for i in range(3):
-            draw_neuron(axes[row:row + 2, i], run.arrays, i)
+            draw_neuron(axes[row:row + 2, i], run.arrays(), i)
             axes[row, i].set_title(f'{name_of(run)}, neuron {i}')
     return fig
 
@@ -639,8 +609,8 @@ def attention(*runs):
         n_ops = run.data.n_ops
         for ax in row[H:]:
             ax.axis('off')
-        scores = run.final['heads: attention to x0 less x1'][o::n_ops]
-        for h, (ax, grid, score) in enumerate(zip(row, run.arrays['attention'][o::n_ops], scores)):
+        scores = run.final()['heads: attention to x0 less x1'][o::n_ops]
+        for h, (ax, grid, score) in enumerate(zip(row, run.arrays()['attention'][o::n_ops], scores)):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
             ax.set_title(f'head {h}: {score:+.2f}', fontsize=8 if heads <= 4 else 6)
             ax.set_xlabel('x1' if run.p <= CORNER else f'x1, the first {CORNER} of {run.p}')
@@ -656,7 +626,7 @@ def density(*runs):
     frequencies."""
     fig, axes = panels(len(runs), 3, 0.5 + 1.8 * len(runs), sharex=True)
     for (left, *right), run in zip(axes, runs):
-        a = run.arrays
+        a = run.arrays()
         epochs = a['snapshot_epoch']
         valid, train = (a[f'snapshot_{part}_accuracies'].mean(1) for part in ('valid', 'train'))
         log_lines(left, epochs, dict(validation=valid, training=train), ylabel=name_of(run), title='accuracy')
@@ -664,7 +634,7 @@ def density(*runs):
             lines = {matrix: a[f'snapshot_{matrix} {measure}'] for matrix in ('W_E', 'W_L')}
             log_lines(ax, epochs, lines, title=measure)
             for matrix, colour in (('W_E', BLUE), ('W_L', ORANGE)):
-                null = run.final[f'{matrix} {measure}, Gaussian']
+                null = run.final()[f'{matrix} {measure}, Gaussian']
                 ax.axhline(null, c=colour, ls=':', lw=0.8, label=f'Gaussian {matrix}')
             ax.legend(loc='lower left')
         for ax in (left, *right):
@@ -674,29 +644,19 @@ def density(*runs):
 
 # ---------------------------------------------------------------- animation, main
 
-def animate(run, what):
-    """Through training, a frame per record: `waves` from the recorded spectra, `embedding` from the
-    snapshots."""
-    r, a = run.records, run.arrays
-    if what == 'waves':
-        total, alone = r['variance'].T
-        frames = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
-        draw = draw_waves
-        epochs = r['spectra_epoch']
-        title = 'waves that the neurons hold'
-    else:
-        draw = draw_norms
-        epochs = a['snapshot_epoch']
-        title = 'W_E by frequency'
-        frames = a['snapshot_W_E_norms']
+def animate(run):
+    """The waves that the neurons hold through training, a frame for each recorded spectrum."""
+    r = run.records
+    total, alone = r['variance'].T
+    shares = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
 
     def frame(i):
         ax.clear()
-        draw(ax, run, frames[i], frames.max())
-        ax.set_title(f'{name_of(run)}, p = {run.p}, epoch {epochs[i]:,}: {title}')
-    return FuncAnimation(fig, frame, len(frames))
+        draw_waves(ax, run, shares[i], shares.max())
+        ax.set_title(f'{name_of(run)}, p = {run.p}, epoch {r["spectra_epoch"][i]:,}: waves that the neurons hold')
+    return FuncAnimation(fig, frame, len(shares))
 
 
 def draw_file(file, draw, *args):
@@ -731,7 +691,7 @@ def main(argv):
     option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
     option('--data', action='store_true', help='the figures that need no run')
     option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
-    option('--animate', choices=('waves', 'embedding'), help='also a GIF through training')
+    option('--animate', action='store_true', help='also a GIF of the waves through training')
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
     need(args.runs or not args.animate, '--animate needs a run folder')
@@ -739,17 +699,20 @@ def main(argv):
     runs = [analyze.load_run(path, Path(args.to, path.name) if args.to else path) for path in paths]
     jobs = []  # folder, name, figure, what it takes
     for name, (draw, takes) in FIGURES.items():
-        if args.only in (None, name):
-            jobs += [(run.to, name, draw, run) for run in runs if takes == 'one']
-            jobs += [(run.to, name, draw, *runs) for run in runs[:1] if takes == 'any']
-            jobs += [('out', name, draw)] * (takes == 'none' and args.data)
+        if args.only not in (None, name):
+            continue
+        if takes == 'one':
+            jobs += [(run.to, name, draw, run) for run in runs]
+        if takes == 'any' and runs:
+            jobs.append((runs[0].to, name, draw, *runs))
+        if takes == 'none' and args.data:
+            jobs.append(('out', name, draw))
     if args.embedding:
-        jobs.append(('out', f'embedding_{Path(args.embedding).stem}', spectrum, args.embedding))
+        jobs.append(('out', f'embedding_{Path(args.embedding).stem}', periods, args.embedding))
     what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
     need(jobs, f'{args.only} needs {what[FIGURES[args.only][1]] if args.only else "--data"}')
     if args.animate:
-        moving = functools.partial(animate, what=args.animate)
-        jobs += [(run.to, f'{args.animate}.gif', moving, run) for run in runs]
+        jobs += [(run.to, 'waves.gif', animate, run) for run in runs]
     drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
     need(any(drawn), 'nothing drawn')
 
