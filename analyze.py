@@ -5,8 +5,6 @@
     python analyze.py out/miiii --record          # append what the run came to to assets/runs.csv
     python analyze.py --embedding numbers.npy     # any matrix with a row per number: periods that stand out
 
-In a notebook: run = load_run('assets/nanda'); logits, acts = run.forward(); numbers, arrays = run.analysis().
-
 A measurement is a function of a network that returns a dict; MEASUREMENTS, near the end, lists them. Beside
 each number stands its null, the same number before training.
 """
@@ -400,9 +398,9 @@ def attention(m):
 
 
 def neurons(m):
-    """The MLP layer over all inputs, neuron by neuron, in the p-DFT and in the waves of the targets. The share
-    of a neuron's best k is of its variance. The share of its best wave is of its interaction, explained by
-    the sum and the difference wave of one (q, k); a pure neuron has more than half there."""
+    """The MLP layer over all inputs, neuron by neuron, in the p-DFT and in the waves of the targets. The
+    share of a neuron's best k is of its variance. The share of its best wave is of its interaction, in the
+    sum and the difference wave of one (q, k); a pure neuron has more than half there."""
     a = m.acts['neurons'].view(m.p ** 2, -1)
     freqs = wave_freqs(m.d.classes)
     power = decompose(a, m.p, m.solver)
@@ -437,17 +435,11 @@ def neurons(m):
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    out['neuron_ids'] = shown
-    out['neurons'] = a[:, shown].T.view(-1, m.p, m.p).mT                                 # 4 x0 x1
-    out['neurons_dft'] = dft[..., shown].permute(2, 1, 0)
-    out['spectrum'] = dft.mean((1, 2))
-    out['neuron_k'] = k_best
-    out['neuron_k_share'] = k_share
-    out['neuron_wave'] = freqs[wave_best]
-    out['neuron_wave_share'] = wave_share
-    out['neuron_split'] = split / total.clamp(min=1e-30)
-    out['wave_shares'] = layer
-    return out
+    return out | dict(
+        neuron_ids=shown, neurons=a[:, shown].T.view(-1, m.p, m.p).mT,          # 4 x0 x1
+        neurons_dft=dft[..., shown].permute(2, 1, 0), spectrum=dft.mean((1, 2)), wave_shares=layer,
+        neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best], neuron_wave_share=wave_share,
+        neuron_split=split / total.clamp(min=1e-30))
 
 
 def performance(m):
@@ -465,9 +457,9 @@ def mechanism(m):
 
     profile (p,): the centred logits as a function of x0 + x1 - c, mean over the inputs. fit (p//2,): share of
     their variance in cos(w_k (x0 + x1 - c)). Key frequencies: those with more than 1 % and three times the
-    lower quartile. Beside their sum stands what as many of the others have on average; a mere table of the
-    training rows has as much there. Restricted loss: of the projection on the key waves in x0 + x1 and on the
-    mean, over all inputs. Excluded loss: without the key waves, over the training rows.
+    lower quartile. Beside their sum stands what as many others have; a mere table of the training rows has as
+    much there. Restricted loss: of the projection on the key waves in x0 + x1 and on the mean, over all
+    inputs. Excluded loss: without the key waves, over the training rows.
     """
     p, logits = m.p, m.logits
     s = (m.d.x[:, 0] + m.d.x[:, 1]) % p
@@ -815,7 +807,8 @@ def measure(run, weights, moment, solver, key=None):
     key frequencies, None to find them."""
     logits, acts = run.forward(weights)
     d, p = run.data, run.p
-    m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver, key=key)
+    m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
+                        key=key)
     sums = (d.x[:, 0] + d.x[:, 1]) % p
     one_set = len(set(d.classes)) == 1 and len(d.names) == d.n_ops  # in the same logits
     mod_p = one_set and d.classes[0] == p
@@ -937,7 +930,7 @@ def main(argv):
     need(args.cut is None or args.keep is None, '--cut or --keep, not both')
     need(names is None or args.runs and not args.record, '--cut and --keep are for a run, without --record')
     for path in map(Path, args.runs):
-        run = load_run(path, Path(args.to, path.name) if args.to else path)
+        run = load_run(path, args.to and Path(args.to, path.name))
         if names is not None:
             say(surgery(run, names, keep=args.cut is None))
             continue

@@ -113,7 +113,7 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
     """Row numbers of train, validation (n_valid, or half of what training leaves) and test: three tensors."""
     n_train = round(train_frac * n_rows)
     n_valid = min(n_valid, (n_rows - n_train) // 2)
-    need(n_train > 0 and n_valid > 0, f'train_frac {train_frac} of {n_rows} rows leaves no rows for one of three')
+    need(n_train > 0 < n_valid, f'train_frac {train_frac} of {n_rows} rows leaves a set of rows empty')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
 
@@ -216,7 +216,7 @@ def aligned(rows):
 def show(value):
     """A number, a list of them or None as text."""
     if isinstance(value, list):
-        return ' '.join(map(show, value)) or '-'
+        return ' '.join(f'({show(x)})' if isinstance(x, list) else show(x) for x in value) or '-'
     if isinstance(value, float):
         return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
     return '-' if value is None else f'{value:,}' if isinstance(value, int) else value

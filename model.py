@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         Two savings, both exact, a third of the work of the general form: the last block is asked at "=" alone
         (queries, W_O, MLP), and the first one finds scores and values in tables, as it sees few vectors.
         """
-        table = self.W_E + self.W_pos[:, None]                                   # T V D, every token everywhere
+        table = self.W_E + self.W_pos[:, None]                                   # T V D, any token anywhere
         z = None                                                                 # N T D between two blocks
         for block in self.blocks:
             W_Q, W_K, W_V, W_O, W_in, W_out = (self.get_parameter(name + block) for name in BLOCK)
@@ -94,7 +94,7 @@ def look_up(x, asked, table, W_Q, W_K, W_V):
     asker = row[:, asked] - V * asked.start                                      # N A, of AV
     asking, everything = table[asked].flatten(0, 1), table.flatten(0, 1)         # AV D, TV D
     q, k, v = heads(asking, W_Q), heads(everything, W_K), heads(everything, W_V)
-    scores = torch.einsum('ahk,bhk->abh', q, k).flatten(0, 1)                    # AVTV H: who asks, who is seen
+    scores = torch.einsum('ahk,bhk->abh', q, k).flatten(0, 1)                    # AVTV H, asked and seen
     pair = len(k) * asker[:, None] + row[:, :, None]                             # N T A, of AVTV
     values = functional.embedding(row, v.flatten(1)).unflatten(2, v.shape[1:])   # N T H K
     return functional.embedding(asker, asking), functional.embedding(pair, scores), values

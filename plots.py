@@ -5,7 +5,6 @@
     python plots.py out/miiii out/nanda        # of both, and comparisons in the first one's folder
     python plots.py --data                     # those that need no run, in out/figures
     python plots.py --embedding numbers.npy    # the spectrum of any matrix with a row per number
-    python plots.py out/miiii --animate        # and a GIF of the waves through training
 
 In a notebook: plots.mechanism(analyze.load_run('assets/nanda')) is a matplotlib figure.
 """
@@ -13,7 +12,6 @@ import argparse
 import functools
 import itertools
 import os
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -22,7 +20,6 @@ if __name__ == '__main__':
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LogNorm, PowerNorm
 
@@ -57,10 +54,9 @@ def figure(takes):
 # ---------------------------------------------------------------- pieces
 
 def name_of(run):
-    """What a run is, for titles: its task, and of its folder's name what is not the task."""
+    """What a run is, for titles: its task, and its folder's name where that is another."""
     task = run.config['task']
-    folder = run.path.name.replace(f'task={task.replace("*", "x")}', '').strip(',')
-    return task if folder in ('', task.replace('*', 'x')) else f'{task} ({folder})'
+    return task if run.path.name == task.replace('*', 'x') else f'{task} ({run.path.name})'
 
 
 def rows_of(run):
@@ -211,18 +207,18 @@ def loss(run):
 
 def of_each_task(run, kind, label, **colours):
     r = run.records
-    parts = dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
+    titles = dict(valid='numbers it never saw (validation)', train='numbers it is trained on')
     if run.config['dropout'] or run.config.get('dropout_mlp'):
-        parts['train'] += ', with dropout'
+        titles['train'] += ', with dropout'
     if len(run.data.names) == 1:
         fig, ((ax,),) = panels(1, 1, 2.6)
-        lines = {name: r[f'{part}_{kind}'] for part, name in parts.items()}
+        lines = {title: r[f'{rows}_{kind}'] for rows, title in titles.items()}
         log_lines(ax, r['epoch'], lines, ylabel=label, yscale='log' if kind == 'loss' else 'linear')
     else:
         fig, axes = panels(1, 2, 3.6)
-        for ax, part in zip(axes[0], ('train', 'valid')):
-            over_time(fig, ax, r['epoch'], r[f'{part}_{kind}'], rows_of(run), label, **colours)
-            ax.set(title=parts[part], ylabel='operation' if one_modulus(run) else 'task n mod q')
+        for ax, rows in zip(axes[0], ('train', 'valid')):
+            over_time(fig, ax, r['epoch'], r[f'{rows}_{kind}'], rows_of(run), label, **colours)
+            ax.set(title=titles[rows], ylabel='operation' if one_modulus(run) else 'task n mod q')
     return fig
 
 
@@ -236,7 +232,7 @@ def curves(run):
         ax.plot(r['epoch'] + 1, r[f'valid_{kind}'], c=GREY, lw=0.5, alpha=0.4)
         lines = dict(validation=r[f'valid_{kind}'].mean(1), training=r[f'train_{kind}'].mean(1))
         log_lines(ax, r['epoch'], lines)
-    lowest = min(r[f'{part}_loss'].mean(1).min() for part in ('train', 'valid'))
+    lowest = min(r['train_loss'].mean(1).min(), r['valid_loss'].mean(1).min())
     axes[0, 0].set_ylabel('accuracy')
     axes[0, 1].set(ylabel='loss (nats)', yscale='log', ylim=(lowest / 3, None))  # single tasks go far below
     return fig
@@ -290,26 +286,20 @@ def draw_neuron(axes, arrays, column):
 def waves(run):
     """Which waves cos(2πk n/q) the neurons hold: shares of what depends on both digits together. Filled
     squares, or blue bars: clearly held, more than the average and ten times noise. Hollow or grey: not."""
-    a, one = run.arrays(), one_modulus(run)
-    fig, ((ax,),) = panels(1, 1, 2.3 if one else 4.4)
-    share = a['wave_shares'][0]
-    draw_waves(ax, run, share, share.max())
-    return fig
-
-
-def draw_waves(ax, run, share, most):
-    """A square per (q, k), its area the share, filled where the layer carries it; for one modulus a stem per
-    k."""
+    share = run.arrays()['wave_shares'][0]
     q, k = run.arrays()['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
+    fig, ((ax,),) = panels(1, 1, 2.3 if one_modulus(run) else 4.4)
     if one_modulus(run):
-        return stems(ax, k, share, carried, ylabel='share', ylim=(0, most * 1.15))
+        stems(ax, k, share, carried, ylabel='share', ylim=(0, share.max() * 1.15))
+        return fig
     row = {modulus: i for i, modulus in enumerate(dict.fromkeys(run.data.classes))}
-    ax.scatter(k / q, [row[modulus] for modulus in q], s=80 * share.clip(0) / most, marker='s',
+    ax.scatter(k / q, [row[modulus] for modulus in q], s=80 * share.clip(0) / share.max(), marker='s',
                c=np.where(carried, 'k', 'w'), edgecolors='k', linewidths=0.3)
-    ax.set(xlabel=f'k/q, cycles per number; the largest square is {most:.2%}', ylabel='q')
+    ax.set(xlabel=f'k/q, cycles per number; the largest square is {share.max():.2%}', ylabel='q')
     ax.set(xlim=(0, 0.51), ylim=(len(row), -1))
     ax.set_yticks(range(len(row)), row, fontsize=6)
+    return fig
 
 
 @figure('one')
@@ -317,11 +307,11 @@ def variance(run):
     """What the neurons depend on, as shares of their variance over all inputs. The answers need the sum
     waves; ReLU makes the difference waves beside them."""
     a, s = run.arrays(), run.data.stride
-    parts = {'x0 or x1 alone': 'one digit alone', 'sum waves': f'sum waves, of x0 + {s} x1',
+    kinds = {'x0 or x1 alone': 'one digit alone', 'sum waves': f'sum waves, of x0 + {s} x1',
              'difference waves': f'difference waves, of x0 − {s} x1', 'the rest': 'the rest'}
     fig, ((ax,),) = panels(1, 1, 2.7)
-    ax.stackplot(a['snapshot_epoch'] + 1, [a[f'snapshot_variance of neurons in {part}'] for part in parts],
-                 labels=parts.values(), colors=('#DDDDDD', BLUE, ORANGE, '#444444'))
+    ax.stackplot(a['snapshot_epoch'] + 1, [a[f'snapshot_variance of neurons in {kind}'] for kind in kinds],
+                 labels=kinds.values(), colors=('#DDDDDD', BLUE, ORANGE, '#444444'))
     ax.set(xscale='log', xlabel='epoch + 1', ylabel='share of variance', ylim=(0, 1))
     ax.legend(loc='lower left')
     return fig
@@ -363,9 +353,7 @@ def clusters(run):
     bars.bar([str(n) for n in names], counts, color=BLUE)
     bars.tick_params(axis='x', labelsize=6, rotation=90 if len(names) > 12 else 0)
     bars.set(xlabel='frequency k' if one else 'modulus q', ylabel='neurons')
-    bars.set_title(f'{pure.sum() or "no"} neurons have more than half in the waves of one (q, k)')
-    if not pure.any():
-        bars.set_axis_off()
+    bars.set_title(f'{pure.sum()} neurons have more than half in the waves of one (q, k)')
     return fig
 
 
@@ -483,8 +471,8 @@ def pattern(run):
 
 @figure('one')
 def components(run):
-    """How much of each frequency every part of the network writes into the logits, mean over pairs that it
-    was not trained on."""
+    """How much of each frequency every component writes into the logits, mean over pairs that it was not
+    trained on."""
     spectra = run.arrays()['class_spectra']
     n = run.final()
     C = run.data.classes[0]
@@ -516,13 +504,13 @@ def filters(run):
     of_errors = (4,) if run.data.stride else (3, 4)  # a distance of tens says nothing modulo p
     fig, ((left, right),) = panels(1, 2, 3.1, sharey=True)
     y = np.arange(len(rows))
-    for ax, title, columns in ((left, 'share of the pairs', (0, 1, 2)), (right, 'share of the errors', of_errors)):
+    for ax, of, columns in ((left, 'pairs', (0, 1, 2)), (right, 'errors', of_errors)):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
             at = y + 0.27 * (i - 1)
             ax.barh(at, rows[:, column], 0.25, color=colour, label=analyze.SCORES[column])
             if ax is left:
-                ax.plot(random[:, column], at, 'k|', ms=6, label='random directions instead' if i == 2 else None)
-        ax.set(xlim=(0, 1), title=title)
+                ax.plot(random[:, column], at, 'k|', ms=6, label='' if i else 'random directions instead')
+        ax.set(xlim=(0, 1), title=f'share of the {of}')
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, -0.47), ncols=2)
     left.set_yticks(y, ['nothing removed', *names[1:]])
     left.invert_yaxis()
@@ -558,7 +546,7 @@ def singular_values(*runs):
             ax.axvline(of_sum + 0.5, c=colour, label=f'{share} % of the sum: {of_sum}')
             ax.axvline(of_squares + 0.5, c=colour, ls='--', label=f'{share} % of the variance: {of_squares}')
         ax.set(ylabel='share of the sum', title=name_of(run))
-        ax.legend(loc='upper right', ncols=2)
+        ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     axes[-1, 0].set_xlabel('index')
     return fig
 
@@ -600,21 +588,20 @@ def neurons(*runs):
 @figure('any')
 def attention(*runs):
     """How much the last token attends x0. Above each head its mean attention to x0 less that to x1: +1 looks
-    at x0 alone, −1 at x1 alone."""
-    heads = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
+    at x0 alone, −1 at x1 alone. Down: x0."""
+    columns = min(8, max(run.config['n_heads'] for run in runs))  # more would be too small to see
     rows = [(run, operation) for run in runs for operation in range(run.data.n_ops)]
-    fig, axes = panels(len(rows), heads, 0.6 + 7 / heads * len(rows))
-    for row, (run, o) in zip(axes, rows):
-        H = run.config['n_heads']
-        n_ops = run.data.n_ops
-        for ax in row[H:]:
+    fig, axes = panels(len(rows), columns, 0.6 + 7 / columns * len(rows))
+    for row, (run, operation) in zip(axes, rows):
+        heads = run.arrays()['attention'][operation::run.data.n_ops]
+        scores = run.final()['heads: attention to x0 less x1'][operation::run.data.n_ops]
+        for ax in row[len(heads):]:
             ax.axis('off')
-        scores = run.final()['heads: attention to x0 less x1'][o::n_ops]
-        for h, (ax, grid, score) in enumerate(zip(row, run.arrays()['attention'][o::n_ops], scores)):
+        for h, (ax, grid, score) in enumerate(zip(row, heads, scores)):
             image = ax.imshow(grid[:CORNER, :CORNER], vmin=0, vmax=1)
-            ax.set_title(f'head {h}: {score:+.2f}', fontsize=8 if heads <= 4 else 6)
+            ax.set_title(f'head {h}: {score:+.2f}', fontsize=8 if columns <= 4 else 6)
             ax.set_xlabel('x1' if run.p <= CORNER else f'x1, the first {CORNER} of {run.p}')
-        row[0].set_ylabel(f'{rows_of(run)[o] if n_ops > 1 else name_of(run)}\nx0')
+        row[0].set_ylabel(rows_of(run)[operation] if run.data.n_ops > 1 else name_of(run))
     fig.colorbar(image, ax=axes, label='attention to x0', shrink=0.6)
     return fig
 
@@ -628,56 +615,33 @@ def density(*runs):
     for (left, *right), run in zip(axes, runs):
         a = run.arrays()
         epochs = a['snapshot_epoch']
-        valid, train = (a[f'snapshot_{part}_accuracies'].mean(1) for part in ('valid', 'train'))
-        log_lines(left, epochs, dict(validation=valid, training=train), ylabel=name_of(run), title='accuracy')
+        valid, train = a['snapshot_valid_accuracies'].mean(1), a['snapshot_train_accuracies'].mean(1)
+        log_lines(left, epochs, dict(validation=valid, training=train), ylabel=name_of(run), title='accuracy',
+                  ylim=(-0.05, 1.1))
         for ax, measure in zip(right, ('FFD', 'FCR')):
             lines = {matrix: a[f'snapshot_{matrix} {measure}'] for matrix in ('W_E', 'W_L')}
-            log_lines(ax, epochs, lines, title=measure)
+            log_lines(ax, epochs, lines, title=measure, ylim=(-0.05, 1.1))
             for matrix, colour in (('W_E', BLUE), ('W_L', ORANGE)):
                 null = run.final()[f'{matrix} {measure}, Gaussian']
                 ax.axhline(null, c=colour, ls=':', lw=0.8, label=f'Gaussian {matrix}')
             ax.legend(loc='lower left')
-        for ax in (left, *right):
-            ax.set_ylim(-0.05, 1.1)
     return fig
 
 
-# ---------------------------------------------------------------- animation, main
-
-def animate(run):
-    """The waves that the neurons hold through training, a frame for each recorded spectrum."""
-    r = run.records
-    total, alone = r['variance'].T
-    shares = r['sum_power'] / np.maximum(total - alone, 1e-30)[:, None]
-    with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(6, 4.2), dpi=100)
-
-    def frame(i):
-        ax.clear()
-        draw_waves(ax, run, shares[i], shares.max())
-        ax.set_title(f'{name_of(run)}, p = {run.p}, epoch {r["spectra_epoch"][i]:,}: waves that the neurons hold')
-    return FuncAnimation(fig, frame, len(shares))
-
+# ---------------------------------------------------------------- files
 
 def draw_file(file, draw, *args):
-    """A figure as file.png and file.svg, an animation as file.gif, or one line that says what it lacks.
-    Returns whether it was drawn."""
+    """A figure as file.png and file.svg, or one line that says what it lacks. Returns whether it was drawn."""
     try:
         fig = draw(*args)
     except KeyError as e:
         say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}')
         return False
-    if isinstance(fig, FuncAnimation):
-        with plt.rc_context(STYLE), tempfile.TemporaryDirectory() as beside:
-            fig.save(Path(beside, 'a.gif'), PillowWriter(fps=6))
-            write(file, lambda f: f.write(Path(beside, 'a.gif').read_bytes()))
-    else:
-        file = file.with_name(f'{file.name}.png')
-        for kind in ('svg', 'png'):
-            fill = functools.partial(fig.savefig, format=kind, dpi=STYLE['savefig.dpi'])
-            write(file.with_suffix(f'.{kind}'), fill)
+    for kind in ('svg', 'png'):
+        fill = functools.partial(fig.savefig, format=kind, dpi=STYLE['savefig.dpi'])
+        write(file.with_name(f'{file.name}.{kind}'), fill)
     plt.close('all')
-    say(file)
+    say(f'{file}.png')
     return True
 
 
@@ -691,12 +655,9 @@ def main(argv):
     option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
     option('--data', action='store_true', help='the figures that need no run')
     option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
-    option('--animate', action='store_true', help='also a GIF of the waves through training')
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
-    need(args.runs or not args.animate, '--animate needs a run folder')
-    paths = map(Path, args.runs)
-    runs = [analyze.load_run(path, Path(args.to, path.name) if args.to else path) for path in paths]
+    runs = [analyze.load_run(path, args.to and Path(args.to, path.name)) for path in map(Path, args.runs)]
     jobs = []  # folder, name, figure, what it takes
     for name, (draw, takes) in FIGURES.items():
         if args.only not in (None, name):
@@ -711,8 +672,6 @@ def main(argv):
         jobs.append(('out', f'embedding_{Path(args.embedding).stem}', periods, args.embedding))
     what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
     need(jobs, f'{args.only} needs {what[FIGURES[args.only][1]] if args.only else "--data"}')
-    if args.animate:
-        jobs += [(run.to, 'waves.gif', animate, run) for run in runs]
     drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
     need(any(drawn), 'nothing drawn')
 
