@@ -725,10 +725,8 @@ def circuits(m, of_neurons, draws=20):
     separation = separations(found['necessary'], whole, d.classes)
     found['separation'] = separation.mean().item()
     found['separation, the least of a group'] = separation.min().item()
-    of_few = accuracies([logits[:500]], y, d.classes)[0]
-    if (of_few >= LEARNED).sum() >= 2:
-        nulls = [separations(accuracy, of_few, d.classes).mean().item() for accuracy in found['as_strong']]
-        found['separation, as strong random neurons: least, most'] = [min(nulls), max(nulls)]
+    nulls = [separations(accuracy, whole, d.classes).mean().item() for accuracy in found['as_strong']]
+    found['separation, as strong random neurons: least, most'] = [min(nulls), max(nulls)]
     return found
 
 

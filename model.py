@@ -68,7 +68,8 @@ class Transformer(nn.Module):
                 if z is None:
                     pre, scores, values = look_up(x, asked, table, W_Q, W_K, W_V)
                 else:
-                    pre, q, k, values = z[:, asked], heads(z[:, asked], W_Q), heads(z, W_K), heads(z, W_V)
+                    pre = z[:, asked]
+                    q, k, values = heads(pre, W_Q), heads(z, W_K), heads(z, W_V)
                     scores = torch.einsum('nahk,nthk->ntah', q, k)
                 att = (scores / W_Q.shape[2] ** 0.5).softmax(1)                  # N T A H
                 mixed = (att[..., None] * values[:, :, None]).sum(1).flatten(2)  # N A D, heads side by side
