@@ -156,9 +156,10 @@ def parse(argv):
             need(name in HOW or value == was,
                  f'{o.out} was run with --{name} {was}, not {value}: leave that out (only epochs may grow)')
     for name, value in vars(o).items():
-        least, most = name in ('epochs', 'd_model', 'n_heads'), AT_MOST.get(name, 2 ** 32)
+        least = 1 if name in ('epochs', 'd_model', 'n_heads') else 0
+        most = AT_MOST.get(name, 2 ** 32)
         fine = isinstance(value, str) or least <= value <= most
-        need(fine, f'--{name} must lie between {least:d} and {most}, not {value}')
+        need(fine, f'--{name} must lie between {least} and {most}, not {value}')
     need(o.d_model % o.n_heads == 0, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
     need(o.init_from or not o.freeze and o.copy == 'all', '--copy and --freeze go with --init_from')
     return o
@@ -394,8 +395,10 @@ def check_finite(records, columns, weights, first_epoch, epoch, out):
 
 def snapshot_due(epoch, per_doubling):
     """At epochs 0, 1, 2, 3, 4, 6, 8, 11, 16, ...: the same whatever the length of the run."""
-    steps = per_doubling and round(per_doubling * math.log2(max(epoch, 1)))
-    return per_doubling > 0 and epoch in (0, round(2 ** (steps / per_doubling)))
+    if per_doubling == 0:
+        return False
+    steps = round(per_doubling * math.log2(max(epoch, 1)))
+    return epoch in (0, round(2 ** (steps / per_doubling)))
 
 
 def copy_weights(model, o):
@@ -484,7 +487,7 @@ def scores(d, batches, logits, valid_acc):
         if torch.equal(targets, targets.T):
             for of in ('seen', 'unseen'):
                 found = measured[f'test_swapped_{of}']
-                task[f'test_acc_swapped_{of}'] = found and found[1][i].item()
+                task[f'test_acc_swapped_{of}'] = found[1][i].item() if found else None
         tasks.append(task)
     return tasks
 
