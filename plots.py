@@ -631,7 +631,7 @@ def density(*runs):
 # ---------------------------------------------------------------- files
 
 def draw_file(file, draw, *args):
-    """A figure as file.png and file.svg, or one line that says what it lacks. Returns whether it was drawn."""
+    """A figure as file.png and file.svg, or a line that says what it lacks. Returns whether it was drawn."""
     try:
         fig = draw(*args)
     except KeyError as e:
