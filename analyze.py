@@ -11,7 +11,6 @@ each number stands its null, the same number before training.
 import argparse
 import contextlib
 import csv
-import functools
 import io
 import json
 import shlex
@@ -170,7 +169,7 @@ def wave_solver(p, classes, stride):
     c = inv @ b are the coefficients of an activation a (p^2,); c * b / p^2 is the variance of each wave.
     """
     size = 48 * len(wave_freqs(classes)) * p ** 2  # bytes, three times the waves
-    need(size < 6e9, f'the spectra at p = {p} need {size / 1e9:.0f} GB; --spectra_every 0 does without')
+    need(size < 6e9, f'the spectra at p = {p} need {size / 1e9:.0f} GB; train.py can do without')
     basis = waves(p, classes, stride).flatten(0, 1)
     inter = interactions(basis.T.contiguous(), p).T.contiguous()
     gram = inter @ inter.T  # normalised, its eigenvalues run from .048 to 2.02 at p = 113: float32 does
@@ -276,8 +275,8 @@ class Run(SimpleNamespace):
     their numbers where the weights did not travel), notes on what is missing, to (where its analysis is)."""
 
     def forward(self, weights=None):
-        """Logits (p^2, columns of all tasks) over all inputs, and the activations of the last position: att,
-        resid_mid, neurons, resid_post. Of the final weights, unless others are given."""
+        """Logits (p^2, columns of all tasks) over all inputs, and the activations of the last block (see
+        Transformer.forward). Of the final weights, unless others are given."""
         acts = {}
         self.net.load_state_dict(weights or self.weights)
         return self.net(self.data.x, acts=acts).view(len(self.data.y), -1), acts
@@ -563,11 +562,11 @@ def without(W_U, k):
     return torch.eye(len(W_U), dtype=W_U.dtype) - V.T @ V
 
 
-SCORES = ('accuracy', 'within 2', 'within 10', 'errors off by tens', 'errors off by 1')  # last two: of errors
+RATES = ('accuracy', 'within 2', 'within 10', 'errors off by tens', 'errors off by 1')  # last two: of errors
 
 
 def errors(logits, y, modulus=None):
-    """The five SCORES of logits (n, C) against answers y (n,); a tie is wrong. Modulo something the distance
+    """The five RATES of logits (n, C) against answers y (n,); a tie is wrong. Modulo something the distance
     of an error is the shorter way round."""
     right = logits.gather(1, y[:, None])[:, 0]
     best_wrong, guess = logits.scatter(1, y[:, None], -torch.inf).max(1)
@@ -580,9 +579,9 @@ def errors(logits, y, modulus=None):
 
 
 def filters(m, draws=3):
-    """The five SCORES on unseen rows without the low or the high frequencies over the classes in what
+    """The five RATES on unseen rows without the low or the high frequencies over the classes in what
     attention, the MLP or both write into the residual stream (Zhou et al. 2024). Attention is filtered before
-    the MLP reads it. Beside them SCORES without as many random directions, the mean of some draws."""
+    the MLP reads it. Beside them RATES without as many random directions, the mean of some draws."""
     x, y = m.d.batch(unseen_rows(m, int(2e8 / sum(m.d.classes))))
     net, tau = m.net, low(m)
     written = components(net, x)
@@ -594,12 +593,12 @@ def filters(m, draws=3):
     start = written[0]
     heads = written[1:-1].sum(0)
 
-    def scores(of_attention, of_mlp):
+    def rates(of_attention, of_mlp):
         mid = start + heads @ of_attention
         by_mlp = net.activation(mid @ net.W_in) @ net.W_out
         return errors((mid + by_mlp @ of_mlp) @ net.W_U, y.flatten(), modulus)
 
-    out = {'tau, the highest low frequency': tau, 'filtered: nothing': scores(everything, everything)}
+    out = {'tau, the highest low frequency': tau, 'filtered: nothing': rates(everything, everything)}
     for band, some in (('low', k[:tau]), ('high', k[tau:])):
         P = without(net.W_U, some)
         left = out[f'dimensions left without {band}'] = round(P.trace().item())
@@ -610,7 +609,7 @@ def filters(m, draws=3):
             for kept in (P, *nulls):
                 of_attention = everything if where == 'MLP' else kept
                 of_mlp = everything if where == 'attention' else kept
-                rows.append(scores(of_attention, of_mlp))
+                rows.append(rates(of_attention, of_mlp))
             out[f'filtered: {band} from {where}'] = rows[0]
             out[f'filtered: {band} from {where}, random'] = np.mean(rows[1:], 0).tolist()
     return out
@@ -649,8 +648,7 @@ def separations(accuracy, whole, classes):
 
 
 def as_strong(groups, strength, generator):
-    """Random neurons of at least the same total strength (F,) as each group (G, F), with one less below it:
-    (G, F) bool."""
+    """(G, F) bool: random neurons of at least the total strength (F,) of each group, one less is below it."""
     order = torch.randperm(len(strength), generator=generator)
     total = (groups * strength).sum(1, keepdim=True)
     before = strength[order].cumsum(0) - strength[order]
@@ -825,8 +823,7 @@ def measure(run, weights, moment, solver, key=None):
 
 
 def over_snapshots(run, solver, key):
-    """The numbers and small arrays of every snapshot and of the final weights: snapshot_NAME, in the order of
-    snapshot_epoch."""
+    """Numbers and small arrays of all snapshots and the final weights: snapshot_NAME, by snapshot_epoch."""
     out = {}
     began = time.perf_counter()
     moments = run.snapshots | {run.epoch: run.weights}
@@ -882,7 +879,7 @@ def table(numbers):
             then = f' (at initialisation {show(initial[name])})' if has_null else ''
             lists.append(f'{name}: {show(value)}{then}')
     if filtered:
-        lists.append(aligned([['', *SCORES], *filtered]))
+        lists.append(aligned([['', *RATES], *filtered]))
     return '\n'.join([aligned(rows), '', *lists])
 
 
@@ -894,7 +891,7 @@ def record(run):
     file = run.path / 'summary.json'
     need(file.exists(), f'{run.path} holds no finished run')
     s = json.loads(file.read_text())
-    need(s['epochs'] == run.epoch and 'commit' in s, f'{file} is not of this state of the run')
+    need(s['epochs'] == run.epoch and 'commit' in s, f'{file} is older than the run or this version')
     words = [word for word in shlex.split(s['options']) if not word.startswith(('--seed', '--data_seed'))]
     row = [shlex.join(words), run.config['seed'], run.config['data_seed'], s['commit'], s['epochs'],
            len(s['tasks'])]
@@ -904,7 +901,9 @@ def record(run):
     for key in ('grok_epoch', 'grok_epoch_sustained'):
         row.append(' '.join('-' if task[key] is None else str(task[key]) for task in s['tasks']))
     row += [f'{s["wall_s"] / 60:.3g}', s['device'], s['versions']['torch']]
-    with open(RUNS, 'a', newline='') as f:
+    with open(RUNS, 'a+', newline='') as f:
+        f.seek(0)
+        need([*map(str, row)] not in csv.reader(f), f'{run.path} is in {RUNS} already')
         csv.writer(f, lineterminator='\n').writerow(row)
 
 
@@ -918,7 +917,7 @@ def main(argv):
     option = parser.add_argument
     option('runs', nargs='*', metavar='RUN', help='a run folder written by train.py')
     option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
-    option('--record', action='store_true', help='also append what the runs came to to assets/runs.csv')
+    option('--record', action='store_true', help='instead: append what the runs came to to assets/runs.csv')
     option('--cut', metavar='Q,Q', type=numbers, help='instead: accuracies without neurons of these q or k')
     option('--keep', metavar='Q,Q', type=numbers, help='instead: accuracies with no other neurons than these')
     option('--embedding', metavar='FILE', help='periods of a matrix with a row per number, .npy or .pt')
@@ -932,13 +931,14 @@ def main(argv):
         if names is not None:
             say(surgery(run, names, keep=args.cut is None))
             continue
+        if args.record:
+            record(run)
+            say(f'{path} is a row of {RUNS} now')
+            continue
         run.known = take_apart(run)
         say(f'{path}\n{table(run.known[0])}\nall of it is in {run.to}/analysis.json and analysis.npz\n')
         for note in run.notes:
             say(f'note: {note}')
-        if args.record:
-            record(run)
-            say(f'{path} is a row of {RUNS} now')
     if args.embedding:
         W = load_matrix(Path(args.embedding))
         need(len(W) >= 8 and (W - W[0]).any(), f'{args.embedding} needs 8 rows that are not all alike')

@@ -113,7 +113,7 @@ def split(n_rows, train_frac, seed=0, n_valid=1000):
     """Row numbers of train, validation (n_valid, or half of what training leaves) and test: three tensors."""
     n_train = round(train_frac * n_rows)
     n_valid = min(n_valid, (n_rows - n_train) // 2)
-    need(n_train > 0 < n_valid, f'train_frac {train_frac} of {n_rows} rows leaves a set of rows empty')
+    need(n_train > 0 and n_valid > 0, f'train_frac {train_frac} of {n_rows} rows leaves a set of rows empty')
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     return order.split([n_train, n_valid, n_rows - n_train - n_valid])
 
@@ -174,7 +174,7 @@ def load_matrix(path):
             matrix = torch.from_numpy(numbers.astype(np.float32, casting='same_kind'))  # not from complex
         else:
             matrix = torch.load(path, map_location='cpu', weights_only=True).detach()
-            assert not matrix.is_complex()
+            need(not matrix.is_complex(), 'complex numbers')
         matrix = matrix.float()
         whole = matrix.ndim == 2 and matrix.numel() > 0 and bool(matrix.isfinite().all())
     except Exception as e:  # numpy and torch raise a dozen types here

@@ -53,7 +53,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, drop=(1, 1), acts=None):
         """Token ids (N, 3) -> logits (N, C).
-        drop: two masks (1, 1, D) for the whole batch, or (N, 1, D), already divided by the share they keep.
+        drop: two masks (1, 1, D) for the whole batch, or (N, 1, D), already divided by the share they keep;
+        all blocks have the same.
         acts: a dict that receives what analysis looks at in the last block, all but values at "=".
 
         Two savings, both exact, a third of the work of the general form: the last block is asked at "=" alone
@@ -119,7 +120,7 @@ def task_losses(logits, y, classes):
     columns = torch.stack([target + start for target, start in zip(y.unbind(1), starts)], 1)  # N Q
     right = z.gather(1, columns)                                                 # N Q
     wrong = z.scatter(1, columns, -torch.inf).split(classes, 1)                  # Q times N q
-    # the largest wrong logit; -inf, where no other class is possible, less itself would be no number
+    # the largest wrong logit, clamped: where no other class is possible, -inf - -inf would be nan
     top = torch.stack([block.detach().amax(1).clamp(min=-3e38) for block in wrong], 1)  # N Q
     sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
     loss = functional.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q

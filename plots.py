@@ -176,7 +176,7 @@ def periods(path):
     k = np.arange(1, len(norms) + 1)
     fig, ((ax, right),) = panels(1, 2, 2.6, width_ratios=(3, 1))
     ax.fill_between(k, noise.min(0), noise.max(0), color='#DDDDDD', label='noise of as much power')
-    ax.plot(k, norms, c=BLUE, label='rows in their order')
+    ax.plot(k, norms, c=BLUE, label='this matrix')
     for f in found:
         top = norms[min(round(f), len(k)) - 1]
         ax.annotate(f'{len(W) / f:.3g}', (f, top), ha='center', va='bottom', fontsize=7)
@@ -263,7 +263,7 @@ def singular_vectors(run):
 def neuron(run):
     """The neuron that has most of one wave (figure 4): its activation, and its spectrum over both digits."""
     a = run.arrays()
-    i = run.arrays()['neuron_ids'][3]
+    i = a['neuron_ids'][3]
     fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
     draw_neuron(axes[0], a, 3)
     q, k = a['neuron_wave'][i]
@@ -507,7 +507,7 @@ def filters(run):
     for ax, of, columns in ((left, 'pairs', (0, 1, 2)), (right, 'errors', of_errors)):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
             at = y + 0.27 * (i - 1)
-            ax.barh(at, rows[:, column], 0.25, color=colour, label=analyze.SCORES[column])
+            ax.barh(at, rows[:, column], 0.25, color=colour, label=analyze.RATES[column])
             if ax is left:
                 ax.plot(random[:, column], at, 'k|', ms=6, label='' if i else 'random directions instead')
         ax.set(xlim=(0, 1), title=f'share of the {of}')
@@ -659,9 +659,8 @@ def main(argv):
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
     runs = [analyze.load_run(path, args.to and Path(args.to, path.name)) for path in map(Path, args.runs)]
     jobs = []  # folder, name, figure, what it takes
-    for name, (draw, takes) in FIGURES.items():
-        if args.only not in (None, name):
-            continue
+    chosen = {args.only: FIGURES[args.only]} if args.only else FIGURES
+    for name, (draw, takes) in chosen.items():
         if takes == 'one':
             jobs += [(run.to, name, draw, run) for run in runs]
         if takes == 'any' and runs:
@@ -671,7 +670,8 @@ def main(argv):
     if args.embedding:
         jobs.append(('out', f'embedding_{Path(args.embedding).stem}', periods, args.embedding))
     what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
-    need(jobs, f'{args.only} needs {what[FIGURES[args.only][1]] if args.only else "--data"}')
+    if not jobs:
+        refuse(f'{args.only} needs {what[FIGURES[args.only][1]]}')
     drawn = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
     need(any(drawn), 'nothing drawn')
 

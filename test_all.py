@@ -30,7 +30,7 @@ import data
 import model
 import plots
 import train
-from model import Muon, Transformer, orthogonalize, task_losses
+from model import Muon, Transformer, task_losses
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests are started by nohup
@@ -858,7 +858,7 @@ def test_a_hand_built_adder_loses_its_magnitude_or_its_parity():
     assert (out['dimensions left without low'], out['dimensions left without high']) == (42 - 8, 42 - 30)
     assert out['filtered: low from attention'][0] == out['filtered: high from attention'][0] == 1
     assert out['filtered: low from both'] == out['filtered: low from MLP']
-    low, high = (dict(zip(analyze.SCORES, out[f'filtered: {band} from MLP'])) for band in ('low', 'high'))
+    low, high = (dict(zip(analyze.RATES, out[f'filtered: {band} from MLP'])) for band in ('low', 'high'))
     assert low['within 10'] < 0.5 and low['errors off by 1'] < 0.02  # anywhere of its parity
     assert high['accuracy'] < 0.3 < high['errors off by 1'] and high['within 10'] == 1  # near
     for _ in range(3):  # what the MLP writes, without 8 random directions
@@ -1475,7 +1475,7 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_
     ('embed --freeze', 'adamw --lamb 0.5'), ('block', 'adamw --lamb 0.5'), ('block --freeze', 'muon'),
     ('all', 'muon')])
 def test_weights_of_another_run(shelf, tmp_path, how, optimizer):
-    part, frozen, filtered = how.split()[0], '--freeze' in how, 'lamb' in optimizer
+    copied, frozen, filtered = how.split()[0], '--freeze' in how, 'lamb' in optimizer
     task = ['--task', '2*a+b', '--dropout', 0, '--decay_from', 1]
     args = [*task, *f'--copy {how} --optimizer {optimizer}'.split(), '--init_from', shelf / 'source']
     straight = run_of(*args, '--epochs', 20, '--out', tmp_path / 'a')
@@ -1483,9 +1483,9 @@ def test_weights_of_another_run(shelf, tmp_path, how, optimizer):
     own = first_weights(run_of(*task, '--epochs', 1, '--out', tmp_path / 'own'))  # by the seed alone
     groups = dict(embed=['W_E'], block=['W_Q', 'W_K', 'W_V', 'W_O', 'W_in', 'W_out'], all=list(own))
     start, ckpt = first_weights(straight), checkpoint(straight)
-    held = groups[part] if frozen else []
+    held = groups[copied] if frozen else []
     for name, w in start.items():
-        assert torch.equal(w, (theirs if name in groups[part] else own)[name]), name
+        assert torch.equal(w, (theirs if name in groups[copied] else own)[name]), name
         assert torch.equal(w, ckpt['model'][name]) == (name in held)  # bit for bit
     moving = [name for name in start if name not in held]
     assert list(ckpt['filter']) == (moving if filtered else [])
@@ -1667,9 +1667,9 @@ def test_weights_in_transformer_lens():
 def test_what_is_told_of_the_shipped_runs_holds(name, least):
     run, tasks = analyze.load_run(HERE / 'assets' / name), told(HERE / 'assets' / name)['tasks']
     logits, _ = run.forward()
-    for part, rows in zip(('train', 'valid', 'test'), run.rows):
+    for name, rows in zip(('train', 'valid', 'test'), run.rows):
         acc = task_losses(logits[rows], run.data.y[rows], run.data.classes)[1]
-        assert [task[f'{part}_acc'] for task in tasks] == pytest.approx(acc.tolist(), abs=5e-3)  # bfloat16
+        assert [task[f'{name}_acc'] for task in tasks] == pytest.approx(acc.tolist(), abs=5e-3)  # bfloat16
     assert min(task['valid_acc'] for task in tasks) >= least and not run.notes
     for task, acc in zip(tasks, run.records['valid_acc'].T, strict=True):
         assert task['grok_epoch'] == train.grok_epochs(acc, task['valid_acc'])[0]

@@ -112,7 +112,7 @@ def recipe(preset, task):
 
 
 def changes(o):
-    """The options in which a run differs from the defaults of its preset."""
+    """The options in which a run differs from its preset, and the preset if it is not `fast`."""
     base = recipe(o.preset, o.task) | dict(preset='fast')
     return {name: value for name, value in vars(o).items() if name not in HOW and value != base[name]}
 
@@ -166,7 +166,7 @@ def parse(argv):
 
 
 def train(o):
-    """One run from the data to the final table, as train(parse(['--task', 'nanda'])). Returns its folder.
+    """One run from the data to the final table, as train(parse(['--task', 'nanda'])). -> its folder.
     Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
     out, cuda, commit = Path(o.out), o.device != 'cpu', git_commit()
     torch.manual_seed(o.seed)
@@ -212,8 +212,8 @@ def train(o):
     def dropout_masks():
         if not any(rates):
             return 1, 1
-        rows = len(x_train) if o.dropout_mask == 'example' else 1
-        return [(torch.rand(rows, 1, o.d_model, device=o.device) >= rate) / (1 - rate) for rate in rates]
+        size = (len(x_train) if o.dropout_mask == 'example' else 1, 1, o.d_model)
+        return [(torch.rand(size, device=o.device) >= rate) / (1 - rate) for rate in rates]
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
@@ -224,7 +224,7 @@ def train(o):
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
         loss, acc = evaluate(x_train, y_train, dropout_masks())
         hardness = ln_q * loss.detach() / loss.detach().mean().clamp(min=1e-30)  # all may be 0 at last
-        weight = task_weight * hardness ** o.focus  # focus 0: 1 / ln q each; 1: CE_q / sum of CE
+        weight = task_weight * hardness ** o.focus  # focus 0: 1 / ln q each; 1: as CE_q
         model.zero_grad()
         (weight @ loss).backward()
 
@@ -300,8 +300,8 @@ def train(o):
     counts = ' + '.join(f'{size} {name}' for name, size in sizes.items())
     n_params = sum(w.numel() for w in model.parameters())
     say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters, {device}')
-    told = flags(dict(preset=o.preset) | changes(o))
-    say(f'options: {told}')
+    options = flags(dict(preset=o.preset) | changes(o))
+    say(f'options: {options}')
     if o.bench:
         return bench(o, d, step)
 
@@ -367,7 +367,7 @@ def train(o):
             objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in batches}
             summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
                            epochs_per_s=epoch / wall, device=device, versions=VERSIONS, commit=commit,
-                           options=told, config=vars(o))
+                           options=options, config=vars(o))
             data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
             say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
@@ -446,10 +446,11 @@ def stop_signals(held):
 
 
 def git_commit():
-    """Of this code; with -dirty if it was changed since, '' where git does not know it."""
-    ask = 'git describe --always --dirty --exclude=*'
-    done = subprocess.run(ask, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip()
+    """The last commit of this code, with -dirty if it was changed since; '' where git does not know it."""
+    how = dict(shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    name = subprocess.run('git log -1 --format=%h -- *.py', **how).stdout.strip()
+    changed = subprocess.run('git diff --quiet HEAD -- *.py', **how).returncode == 1
+    return f'{name}-dirty' if name and changed else name
 
 
 # ---------------------------------------------------------------- what a run came to
@@ -544,17 +545,17 @@ def sweep(o, argv):
         out = root / ','.join(words).replace('*', 'x')
         words = [*argv, *(f'--{word}' for word in words), f'--out={out}', '--sweep=0']
         fresh = parse(words)
-        data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)
-        begun = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
-        need(changes(begun) == changes(fresh), f'{out} was trained with other options; choose another --out')
-        runs.append(begun)
-    for begun in runs:
-        summary = Path(begun.out, 'summary.json')
-        if summary.exists() and json.loads(summary.read_text())['epochs'] >= begun.epochs:
+        data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)  # refuses what they would
+        planned = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
+        need(changes(planned) == changes(fresh), f'{out} has other options; choose another --out')
+        runs.append(planned)
+    for planned in runs:
+        summary = Path(planned.out, 'summary.json')
+        if summary.exists() and json.loads(summary.read_text())['epochs'] >= planned.epochs:
             continue
         say(f'\n{summary.parent.name}, one of {len(runs)} settings; the same command goes on with them')
         try:
-            train(begun)
+            train(planned)
         except Diverged as e:
             say(f'note: {e}')  # without a summary it ranks last
     say(rank(root, settings, runs))
