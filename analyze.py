@@ -434,11 +434,10 @@ def neurons(m):
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    return out | dict(
-        neuron_ids=shown, neurons=a[:, shown].T.view(-1, m.p, m.p).mT,          # 4 x0 x1
-        neurons_dft=dft[..., shown].permute(2, 1, 0), spectrum=dft.mean((1, 2)), wave_shares=layer,
-        neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best], neuron_wave_share=wave_share,
-        neuron_split=split / total.clamp(min=1e-30))
+    arrays = dict(neuron_ids=shown, neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best],
+                  neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
+    arrays |= dict(spectrum=dft.mean((1, 2)), wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
+    return out | arrays | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)              # 4 x0 x1
 
 
 def performance(m):

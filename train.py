@@ -81,34 +81,34 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1, focus=4,
                d_model=2 ** 14, epochs=10 ** 7)
-PRESETS = dict(  # by task; basis and masked have the recipe of miiii, formulas have one for all
-    fast=dict(
-        miiii={},
-        nanda=dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000),
-        formula=dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000, p=97),
-        add=dict(train_frac=0.1, d_model=128, lr=1e-2, muon_decay=0.3, epochs=600, p=261)),
-    paper=dict(
-        miiii=dict(init='reference', dropout=0.1, dropout_mlp=0.0, dropout_mask='batch', optimizer='adamw',
-                   lr=3e-4, weight_decay=1 / 3, decay_from=1.0, focus=0.0, lamb=0.5, epochs=65536,
-                   spectra_every=256),
-        nanda=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
-                   lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256),
-        formula=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
-                     lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256,
-                     p=97),
-        add=dict(train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw',
-                 lr=1e-3, weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, p=261)),
-    tenfold=dict(  # ten times the lr * weight_decay of the paper
-        miiii=dict(init='reference', dropout=0.1, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
-                   weight_decay=1.0, decay_from=0.7, focus=0.0, lamb=0.5, epochs=10000, spectra_every=256)))
+PRESETS = {}  # what each changes, by task; basis and masked have that of miiii, formulas one for all
+PRESETS['fast miiii'] = {}
+PRESETS['fast nanda'] = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000)
+PRESETS['fast formula'] = dict(p=97, train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000)
+PRESETS['fast add'] = dict(p=261, train_frac=0.1, d_model=128, lr=1e-2, muon_decay=0.3, epochs=600)
+PRESETS['paper miiii'] = dict(
+    init='reference', dropout=0.1, dropout_mlp=0.0, dropout_mask='batch', optimizer='adamw', lr=3e-4,
+    weight_decay=1 / 3, decay_from=1.0, focus=0.0, lamb=0.5, epochs=65536, spectra_every=256)
+PRESETS['paper nanda'] = dict(
+    train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
+    weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256)
+PRESETS['paper formula'] = dict(
+    p=97, train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
+    weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000, spectra_every=256)
+PRESETS['paper add'] = dict(
+    p=261, train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
+    weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000)
+PRESETS['tenfold miiii'] = dict(  # ten times the lr * weight_decay of the paper
+    init='reference', dropout=0.1, dropout_mlp=0.0, optimizer='adamw', lr=1e-3, weight_decay=1.0,
+    decay_from=0.7, focus=0.0, lamb=0.5, epochs=10000, spectra_every=256)
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
 def recipe(preset, task):
     kind = dict(miiii='miiii', basis='miiii', masked='miiii', nanda='nanda', add='add').get(task, 'formula')
-    need(kind in PRESETS[preset], f'the preset {preset} is for {", ".join(PRESETS[preset])}, not for {task}')
-    return DEFAULTS | PRESETS[preset][kind]
+    need(f'{preset} {kind}' in PRESETS, f'no preset {preset} for {task}; there are {", ".join(PRESETS)}')
+    return DEFAULTS | PRESETS[f'{preset} {kind}']
 
 
 def changes(o):
@@ -125,9 +125,7 @@ def flags(options):
 
 def parse(argv):
     """Command line -> all options: defaults < preset < given. A resumed run keeps its own. Raises Refusal."""
-    about = ['presets change:']
-    for preset, kinds in PRESETS.items():
-        about += [f'  {preset} {kind}: {flags(options)}' for kind, options in kinds.items()]
+    about = ['presets change:', *(f'  {name}: {flags(options)}' for name, options in PRESETS.items())]
     parser = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
