@@ -923,6 +923,8 @@ def test_separations_owners_and_random_groups_in_known_cases():
     for third, expected in ((1, [0, 0.5, 1]), (0.89, [0, 1])):  # at last the third task is not learned
         found = analyze.separations(without, torch.tensor([1, 1, third]), [2, 5, 11])
         assert np.allclose(found, expected, atol=1e-6)
+    gains = analyze.separations(torch.tensor([[1 / 2, 1], [1, 1 / 5]]), torch.tensor([0.95, 0.95]), [2, 5])
+    assert gains.tolist() == pytest.approx([1 + 0.05 / 0.75, 1 + 0.05 / 0.45])  # the other task is better
     wave, share = torch.tensor([[7, 1], [5, 2], [3, 1]]), torch.tensor([0.6, 0.5, 0.51])  # .5 is not above
     assert analyze.owners(wave, share, False).tolist() == [7, 0, 3]
     assert analyze.owners(wave, share, True).tolist() == [1, 0, 1]
@@ -1626,7 +1628,6 @@ def test_bench_counts_the_work(tmp_path, monkeypatch, capsys):
 
 
 def test_a_row_of_the_table_of_runs(copied, tmp_path, monkeypatch, fault):
-    """As many fields as the header of the shipped table has; its options and seeds make the run again."""
     monkeypatch.setattr(analyze, 'RUNS', tmp_path / 'runs.csv')
     folder = copied('formulas')
     analyze.main([str(folder), '--record'])
@@ -1676,7 +1677,6 @@ def test_what_is_told_of_the_shipped_runs_holds(name, least):
 
 
 def test_what_is_shipped_is_small_and_readme_and_code_are_in_order():
-    """README names lines that are there, and in its table numbers of the report; lines are short."""
     made_here = {'figures', 'analysis.json', 'analysis.npz'}
     files = [file for file in (HERE / 'assets').rglob('*') if not made_here & set(file.parts)]
     assert sum(file.stat().st_size for file in files) < 8e6
