@@ -316,7 +316,8 @@ def arrays_in(path):
 
 
 def load_run(path, to=None):
-    """Open a run folder, as run = load_run('assets/nanda'). Raises Refusal if anything in it is damaged."""
+    """Open a run folder, as run = load_run('assets/nanda'). Its analysis and figures go into it, or into the
+    folder to/NAME-OF-RUN. Raises Refusal if anything in it is damaged."""
     path, notes = Path(path), []
     ckpt = load(path / 'ckpt.pt')
     o = ckpt['config']
@@ -331,7 +332,7 @@ def load_run(path, to=None):
             torch.manual_seed(o['seed'])  # train.py starts there
             net = network(o, d).requires_grad_(False)
         start = {name: w.clone() for name, w in net.state_dict().items()}
-        snapshots = {k['step']: k['model'] for k in kept if k['step'] <= epoch}  # later ones: it was killed
+        snapshots = {k['step']: k['model'] for k in kept if k['step'] <= epoch}  # a killed run has more
         for weights in (*snapshots.values(), ckpt['model']):
             net.load_state_dict(weights)
             need(all(w.isfinite().all() for w in weights.values()), 'weights that are not finite')
@@ -354,7 +355,7 @@ def load_run(path, to=None):
     weights = {name: w.float() for name, w in ckpt['model'].items()}  # shipped runs have them in float16
     return Run(path=path, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net, weights=weights,
                initial=snapshots.get(0, start), snapshots=snapshots, records=records, shipped=shipped,
-               notes=notes, to=Path(to or path), known=None)
+               notes=notes, to=Path(to, path.name) if to else path, known=None)
 
 
 # ---------------------------------------------------------------- one network: weights and neurons
@@ -647,7 +648,7 @@ def separations(accuracy, whole, classes):
 
 
 def as_strong(groups, strength, generator):
-    """(G, F) bool: random neurons of at least the total strength (F,) of each group, one less is below it."""
+    """For each group (G, F) as many random neurons as it takes to reach its total strength (F,): (G, F)."""
     order = torch.randperm(len(strength), generator=generator)
     total = (groups * strength).sum(1, keepdim=True)
     before = strength[order].cumsum(0) - strength[order]
@@ -926,7 +927,7 @@ def main(argv):
     need(args.cut is None or args.keep is None, '--cut or --keep, not both')
     need(names is None or args.runs and not args.record, '--cut and --keep are for a run, without --record')
     for path in map(Path, args.runs):
-        run = load_run(path, args.to and Path(args.to, path.name))
+        run = load_run(path, args.to)
         if names is not None:
             say(surgery(run, names, keep=args.cut is None))
             continue

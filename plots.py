@@ -657,7 +657,7 @@ def main(argv):
     option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
-    runs = [analyze.load_run(path, args.to and Path(args.to, path.name)) for path in map(Path, args.runs)]
+    runs = [analyze.load_run(path, args.to) for path in args.runs]
     jobs = []  # folder, name, figure, what it takes
     chosen = {args.only: FIGURES[args.only]} if args.only else FIGURES
     for name, (draw, takes) in chosen.items():

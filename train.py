@@ -166,7 +166,8 @@ def parse(argv):
 def train(o):
     """One run from the data to the final table, as train(parse(['--task', 'nanda'])). -> its folder.
     Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
-    out, cuda, commit = Path(o.out), o.device != 'cpu', git_commit()
+    out, cuda = Path(o.out), o.device != 'cpu'
+    commit = git_commit()
     torch.manual_seed(o.seed)
     if cuda:
         torch.cuda.set_device(o.device)
@@ -210,8 +211,8 @@ def train(o):
     def dropout_masks():
         if not any(rates):
             return 1, 1
-        size = (len(x_train) if o.dropout_mask == 'example' else 1, 1, o.d_model)
-        return [(torch.rand(size, device=o.device) >= rate) / (1 - rate) for rate in rates]
+        n_masks = len(x_train) if o.dropout_mask == 'example' else 1
+        return [(torch.rand(n_masks, 1, o.d_model, device=o.device) >= rate) / (1 - rate) for rate in rates]
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
