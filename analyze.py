@@ -279,7 +279,7 @@ class Run(SimpleNamespace):
         Transformer.forward). Of the final weights, unless others are given."""
         acts = {}
         self.net.load_state_dict(weights or self.weights)
-        return self.net(self.data.x, acts=acts).view(len(self.data.y), -1), acts
+        return self.net(self.data.x, acts=acts).reshape(len(self.data.y), -1), acts
 
     def analysis(self):
         """numbers, arrays: those in the folder if newer than the run and this file, else made now, which may

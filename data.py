@@ -133,6 +133,11 @@ def need(condition, message):
         refuse(message)
 
 
+def brief(error):
+    """The first line of what an exception says."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:150]
+
+
 def write(path, fill):
     """A file, whole or not at all: fill(buffer), then it is written beside, synced, renamed."""
     path, buffer = Path(path), io.BytesIO()

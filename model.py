@@ -10,12 +10,17 @@ N rows, T = 3 tokens, O operations, V = p + O, D width, H heads, K = D/H, F = 4D
 """
 import contextlib
 import ctypes
-import itertools
+import functools
 import math
+import warnings
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from data import brief, say
+
+warnings.filterwarnings('ignore', 'index_reduce')  # which has been called a beta since torch 1.12
 
 # Initial weights have std sqrt(2 / fan-in). Each matrix: its shape, the fan-in by the paper's text (`he`: the
 # dimensions that it contracts), and by its code (`reference`: the stack of heads or tasks, too).
@@ -80,7 +85,7 @@ class Transformer(nn.Module):
         if acts is not None:
             acts.update(att=att[:, :, 0], values=values, resid_pre=pre[:, 0], resid_mid=mid[:, 0],
                         neurons=neurons[:, 0], resid_post=z[:, 0])
-        return z[:, 0] @ self.W_U                                                # N C
+        return (self.W_U.T @ z[:, 0].T).T                                # N C, in memory C N for the loss
 
 
 def heads(z, W):
@@ -98,8 +103,12 @@ def look_up(x, asked, table, W_Q, W_K, W_V):
     q, k, v = heads(asking, W_Q), heads(everything, W_K), heads(everything, W_V)
     scores = torch.einsum('ahk,bhk->abh', q, k).flatten(0, 1)                    # AVTV H, asked and seen
     pair = len(k) * asker[:, None] + row[:, :, None]                             # N T A, of AVTV
-    values = functional.embedding(row, v.flatten(1)).unflatten(2, v.shape[1:])   # N T H K
-    return functional.embedding(asker, asking), functional.embedding(pair, scores), values
+    return rows(asking, asker), rows(scores, pair), rows(v.flatten(1), row).unflatten(2, v.shape[1:])
+
+
+def rows(table, index):
+    """Rows of a table (V, ..). As torch's embedding, but the gradient of that sorts and may wait on a GPU."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def network(o, d):
@@ -115,16 +124,45 @@ def task_losses(logits, y, classes):
     equal numbers once a row is confident: float32 losses then come in steps of 1.2e-7 and gradients die. This
     one is exact down to the smallest float. A tie is wrong. Rows are counted, so that all of them make 1.0.
     """
-    z = logits.float()
-    starts = itertools.accumulate([0, *classes])
-    columns = torch.stack([target + start for target, start in zip(y.unbind(1), starts)], 1)  # N Q
-    right = z.gather(1, columns)                                                 # N Q
-    wrong = z.scatter(1, columns, -torch.inf).split(classes, 1)                  # Q times N q
-    # the largest wrong logit, clamped: where no other class is possible, -inf - -inf would be nan
-    top = torch.stack([block.detach().amax(1).clamp(min=-3e38) for block in wrong], 1)  # N Q
-    sums = [(block - most).exp().sum(1) for block, most in zip(wrong, top[..., None].unbind(1))]
-    loss = functional.softplus(torch.stack(sums, 1).log() + (top - right))                # N Q
-    return loss.mean(0), ((right > top).sum(0).double() / len(y)).float()  # float32 / is not exact compiled
+    starts, owner = layout(tuple(classes), y.device)
+    loss, right = TaskLosses.apply(logits.float(), y.T + starts, owner)
+    return loss, (right.sum(1).double() / len(y)).float()  # on a GPU float32 / is a product with 1 / N
+
+
+class TaskLosses(torch.autograd.Function):
+    """The losses, with their gradient written out: autograd keeps and reads several copies of the logits, by
+    far the largest tensor of a step. Classes are rows here: what is read together lies together."""
+
+    @staticmethod
+    def forward(ctx, logits, answers, owner):
+        z = logits.T.clone(memory_format=torch.contiguous_format)                # C N
+        right = z.gather(0, answers)                                             # Q N
+        wrong = z.scatter_(0, answers, -torch.inf)
+        # not below -3e38: where no other class is possible, -inf - -inf would be nan
+        top = torch.full_like(right, -3e38).index_reduce_(0, owner, wrong, 'amax')
+        powers = wrong.sub_(top[owner]).exp_()                                   # C N
+        total = torch.zeros_like(right).index_add_(0, owner, powers)             # Q N
+        behind = total.log() + (top - right)                                     # Q N
+        is_right = right > top
+        ctx.save_for_backward(answers, owner, powers, total, behind)
+        ctx.mark_non_differentiable(is_right)
+        return functional.softplus(behind).mean(1), is_right
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        answers, owner, powers, total, behind = ctx.saved_tensors
+        slope = grad[:, None] * behind.sigmoid() / behind.shape[1]               # Q N
+        dz = powers * (slope / total)[owner]                                     # C N
+        return dz.scatter_(0, answers, -slope).T, None, None
+
+
+@functools.cache
+def layout(classes, device):
+    """Tasks side by side: the first column of each (Q, 1), the task of each column (C,). Made once, as in a
+    capture nothing can come from the host."""
+    starts = torch.tensor([0, *classes[:-1]]).cumsum(0)[:, None]
+    owner = torch.arange(len(classes)).repeat_interleave(torch.tensor(classes))
+    return starts.to(device), owner.to(device)
 
 
 class Muon(torch.optim.Optimizer):
@@ -139,25 +177,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, mu = group['lr'], group['momentum']
-            for w in group['params']:
+            lr, mu, params = group['lr'], group['momentum'], group['params']
+            for w in params:
                 if not self.state[w]:
                     self.state[w]['momentum'] = torch.zeros_like(w)
-                m = self.state[w]['momentum']
-                m.lerp_(w.grad, 1 - mu)
-                update = orthogonalize(w.grad.lerp(m, mu))
-                scale = max(1, w.shape[-2] / w.shape[-1]) ** 0.5
-                w.mul_(1 - lr * group['weight_decay']).sub_(lr * scale * update)
+            memory, grads = [self.state[w]['momentum'] for w in params], [w.grad for w in params]
+            torch._foreach_lerp_(memory, grads, 1 - mu)
+            updates = torch._foreach_lerp(grads, memory, mu)
+            lying = [u if u.shape[-2] <= u.shape[-1] else u.mT for u in updates]
+            for shape in {u.shape[-2:] for u in lying}:  # the matrices of one shape together: fewer launches
+                alike = [u.view(-1, *shape) for u in lying if u.shape[-2:] == shape]
+                torch._foreach_copy_(alike, orthogonalize(torch.cat(alike)).split([len(u) for u in alike]))
+            torch._foreach_mul_(updates, [max(1, w.shape[-2] / w.shape[-1]) ** 0.5 for w in params])
+            torch._foreach_mul_(updates, lr)
+            torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
+            torch._foreach_sub_(params, updates)
 
 
-def orthogonalize(G):
-    """The nearest orthogonal matrix to each of G, roughly: five Newton-Schulz steps."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
+def orthogonalize(X):
+    """The nearest orthogonal matrix to each of X (B, rows <= columns), roughly: five Newton-Schulz steps."""
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X
 
 
 def fast_cpu():
@@ -173,22 +217,29 @@ def fast_cpu():
 
 
 def captured(fn):
-    """fn as one CUDA graph, one launch per epoch (not run yet). The first three calls run plainly and count
-    like any other: they warm up what a capture must not meet cold. The fourth captures."""
+    """fn as one CUDA graph, one launch per epoch (not run on a card yet). The first three calls run plainly
+    and count like any other: they warm up what a capture must not meet cold. Where it fails, all do."""
     graph, side, calls, out = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    plainly = torch.version.hip is not None  # ROCm does not tell when a capture goes wrong
 
     def call():
-        nonlocal calls, out
+        nonlocal calls, out, plainly
         calls += 1
-        if calls <= 3:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                out = fn()
-            torch.cuda.current_stream().wait_stream(side)
+        if calls == 4 and not plainly:
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    out = fn()
+            except RuntimeError as e:  # nothing has run, but the generator still waits for the capture's end
+                generator = torch.cuda.default_generators[side.device_index]
+                generator.graphsafe_set_state(generator.clone_state())
+                plainly = True
+                say(f'note: no CUDA graph here, so an epoch takes longer ({brief(e)})')
+        if calls > 3 and not plainly:
+            graph.replay()
             return out
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                out = fn()
-        graph.replay()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            out = fn()
+        torch.cuda.current_stream().wait_stream(side)
         return out
     return call

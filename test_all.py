@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 os.environ['OMP_NUM_THREADS'] = '1'  # on a busy machine two threads take ten times as long
 import numpy as np
@@ -24,6 +25,8 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import analyze
 import data
@@ -258,12 +261,10 @@ needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compi
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 
 
-@pytest.mark.parametrize('how', ['eager', pytest.param('compiled', marks=needs_compiler)])
 @pytest.mark.parametrize('q', [2, 109])
-def test_loss_and_gradient_against_float64(how, q):
+def test_loss_and_gradient_against_float64(q):
     """The right logit ahead by up to 71 or behind by up to 1000: losses from 1e-30, where the usual form has
     0, to 1e+3. Row by row, so that large losses do not hide small ones."""
-    losses = torch.compile(task_losses, dynamic=False) if how == 'compiled' else task_losses
     margins = torch.cat([torch.linspace(-1000, 0, 41), torch.linspace(0, 71, 141)[1:]])
     z, t = normal(len(margins), q), torch.arange(len(margins))[:, None] % q
     z.scatter_(1, t, -torch.inf)
@@ -274,7 +275,7 @@ def test_loss_and_gradient_against_float64(how, q):
     grad64, = torch.autograd.grad(loss64.sum(), z64)
     for i in range(len(margins)):
         row = z[i:i + 1].clone().requires_grad_()
-        loss, _ = losses(row, t[i:i + 1], [q])
+        loss, _ = task_losses(row, t[i:i + 1], [q])
         grad, = torch.autograd.grad(loss.sum(), row)
         assert abs(loss.item() / loss64[i].item() - 1) < 1e-4
         off = (grad[0] - grad64[i]).abs()
@@ -297,12 +298,11 @@ def test_losses_of_several_tasks_against_torch(dtype, close):
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)])
 def test_all_rows_right_are_exactly_1_and_a_tie_is_wrong(device):
     """A mean by way of the float32 1/N is .99999994 at some N: a task would never count as solved."""
-    losses = task_losses if device == 'cpu' else torch.compile(task_losses, dynamic=False)
     for n in range(1, 2000, 7) if device == 'cpu' else (41, 1000):  # 41 is the first that shows it
         y = torch.arange(n, device=device)[:, None] % torch.tensor([2, 3], device=device)
         right = torch.cat([functional.one_hot(y[:, 0], 2), functional.one_hot(y[:, 1], 3)], 1).float()
-        assert losses(right, y, [2, 3])[1].tolist() == [1, 1]
-    assert losses(0 * right, y, [2, 3])[1].tolist() == [0, 0]
+        assert task_losses(right, y, [2, 3])[1].tolist() == [1, 1]
+    assert task_losses(0 * right, y, [2, 3])[1].tolist() == [0, 0]
     certain = torch.tensor([[3.0, -torch.inf], [-torch.inf, 0.0]])  # nothing else is possible
     assert torch.cat(task_losses(certain, torch.tensor([[0], [1]]), [2])).tolist() == [0, 1]
 
@@ -466,20 +466,257 @@ def test_float32_products_on_a_cpu_are_float32(monkeypatch):
     torch.set_float32_matmul_precision(former)
 
 
-@pytest.mark.parametrize('device, task, optimizer, close', [
-    pytest.param('cpu', 'miiii', 'adamw', 1e-3, marks=needs_compiler),
-    *(pytest.param('cuda', task, optimizer, 0.05, marks=needs_cuda)
+@pytest.mark.parametrize('device, task, optimizer, first, close', [
+    pytest.param('cpu', 'miiii', 'adamw', 50, 1e-3, marks=needs_compiler),
+    *(pytest.param('cuda', task, optimizer, 10, 0.01, marks=needs_cuda)  # later rounding has grown
       for task, optimizer in (('miiii', 'adamw'), ('a*b,a+b', 'adamw'), ('add', 'muon')))])
-def test_a_compiled_step_is_the_eager_one(tmp_path, device, task, optimizer, close):
+def test_a_compiled_step_is_the_eager_one(tmp_path, device, task, optimizer, first, close):
     """Also resumed, on CUDA captured: the same losses, up to growing rounding; new masks at every epoch."""
     words = f'--task {task} --lamb 0.5 --lr 3e-4 --muon_lr 0.01 --decay_from 1'.split()
     words += ['--optimizer', optimizer]
     on, off = (['--device', device, '--compile', how] for how in ('on', 'off'))
     eager = run_of(*words, *off, '--epochs', 50, '--out', tmp_path / 'eager')
     compiled = resumed(run_of(*words, *on, '--epochs', 25, '--out', tmp_path / 'on'), '--epochs', 50, *on)
-    assert np.allclose(*(records(run)['train_loss'] for run in (eager, compiled)), close, close / 50)
+    assert np.allclose(*(records(run)['train_loss'][:first] for run in (eager, compiled)), close, close / 50)
     still = run_of(*words, *on, *f'--epochs 50 --lr 0 --muon_lr 0 --lamb 0 --out {tmp_path}/still'.split())
     assert len(np.unique(records(still)['train_loss'].mean(1))) > 45  # only the masks can move the loss
+
+
+def test_a_run_is_compiled_in_its_first_epoch(tmp_path, monkeypatch):
+    """Not again when a rate changes; a second run in the same process is compiled anew."""
+    compile, due, graphs, seen = torch.compile, train.snapshot_due, [], []
+
+    def watched(module, dynamic):
+        return compile(module, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch, 'compile', watched)
+    monkeypatch.setattr(train, 'snapshot_due', lambda *of: seen.append(len(graphs)) or due(*of))
+    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 3)
+    for i in (0, 1):
+        run_of('--epochs', 6, '--compile', 'on', '--out', tmp_path / str(i))
+    assert 0 < seen[1] == seen[5] == len(graphs) / 2 and seen[7] == len(graphs)
+
+
+# ---------------------------------------------------------------- a pretended GPU
+
+WAITS = 'item _local_scalar_dense is_nonzero nonzero masked_select equal _unique2'.split()  # of an operation
+SHORT = [*TINY, *'--epochs 9 --spectra_every 4 --lamb 0.5'.split()]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='pretends a GPU where there is none')
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says cuda:0. Its values are in `own`, on the CPU."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_dispatch__ = None
+    device = property(lambda self: torch.device('cuda:0'))
+
+    def __new__(cls, own):
+        where = own.shape, own.stride(), own.storage_offset()
+        self = torch.Tensor._make_wrapper_subclass(cls, *where, dtype=own.dtype)
+        self.own = own
+        return self
+
+    def cpu(self):
+        return torch.ops.aten._to_copy(self, device='cpu')
+
+
+for name in ('tolist', '__format__', '__reduce_ex__'):  # by way of the CPU, as for any tensor on a GPU
+    setattr(OnGpu, name, lambda self, *args, name=name: getattr(self.cpu(), name)(*args))
+
+
+class Gpu(TorchDispatchMode):
+    """Computes everything on the CPU, but an operation that mixes both kinds of tensors raises. In a capture
+    so does one that waits for the GPU; the others go onto a tape, and at the end are undone. A replay plays
+    the tape."""
+    tape = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name, given = func.overloadpacket.__name__, tensors((args, kwargs))
+        here = [t for t in given if t.dim() and not isinstance(t, OnGpu)]
+        there = any(isinstance(t, OnGpu) for t in given)
+        onto = str(kwargs.get('device')).startswith('cuda')
+        off = name == '_to_copy' and kwargs.get('device') and not onto
+        may_mix = name in ('copy_', '_to_copy') or 'index' in name
+        assert not (here and there) or may_mix, f'{func} mixes devices'
+        by_mask = name.startswith('index') and any(t.dtype == torch.bool for t in given[1:])
+        waits = here or off or by_mask or name in WAITS
+        assert self.tape is None or not waits, f'{func} waits for the GPU'
+        kwargs |= dict(device='cpu') if onto else {}
+        args, kwargs = tree_map(lambda x: x.own if isinstance(x, OnGpu) else x, (args, kwargs))
+        if self.tape is not None and func._schema.is_mutable:
+            self.before += [(t, t.clone()) for t in tensors((args, kwargs))]
+        out = func(*args, **kwargs)
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if self.tape is not None and not is_view:
+            self.tape.append((func, args, kwargs, out))
+        if off or not (onto or there):
+            return out
+        made = tree_map(lambda x: OnGpu(x) if isinstance(x, torch.Tensor) else x, out)
+        return return_and_correct_aliasing(func, args, kwargs, made) if there else made
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        random, self.tape, self.before = torch.get_rng_state(), [], []
+        try:
+            yield
+        finally:
+            tape, self.tape = self.tape, None
+            for t, was in reversed(self.before):
+                t.copy_(was)
+            torch.set_rng_state(random)
+
+        def replay():
+            for func, args, kwargs, out in tape:
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs))):
+                    old.copy_(new)
+        graph.replay = replay
+        self.captured = Counter(func.overloadpacket.__name__ for func, *_ in tape)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one GPU, and `with gpu` its tensors."""
+    gpu = Gpu()
+    stream = SimpleNamespace(wait_stream=id, is_capturing=lambda: gpu.tape is not None, device_index=0)
+    gpu.generator = SimpleNamespace(state='old', clone_state=lambda: 'new')
+    gpu.generator.graphsafe_set_state = lambda state: vars(gpu.generator).update(state=state)
+    answers = dict(_lazy_init=None, device_count=1, is_available=True, set_device=None, Stream=stream,
+                   current_stream=stream, stream=contextlib.nullcontext(), get_device_name='pretended',
+                   get_rng_state=None, set_rng_state=None)
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    for place, name, value in ((torch.cuda, 'CUDAGraph', SimpleNamespace), (torch.cuda, 'graph', gpu.capture),
+                               (torch.cuda, 'default_generators', [gpu.generator]),
+                               (torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda')),
+                               (torch.accelerator, 'current_stream', lambda *_: stream),
+                               (torch, 'compile', lambda module, dynamic: lambda *args: module(*args))):
+        monkeypatch.setattr(place, name, value)
+    switches = torch._C._set_only_lift_cpu_tensors, torch.__future__.set_overwrite_module_params_on_conversion
+    with torch.autograd.set_multithreading_enabled(False):
+        for how in (True, False):
+            for switch in switches:
+                switch(how)
+            train.usable.cache_clear()
+            model.layout.cache_clear()
+            if how:
+                yield gpu
+
+
+def run_on(place, out, *words, by=train):
+    """The folder of a short run on the CPU (None), or on a pretended GPU."""
+    with place or contextlib.nullcontext():
+        by.main([*SHORT, *words, f'--device={"cuda" if place else "cpu"}', f'--out={out}'])
+    return out
+
+
+@without_gpu
+@pytest.mark.parametrize('words', ['', '--preset paper', '--task add', '--task nanda --compile on',
+                                   '--task a*b,a+b', '--task a*b,a+b --compile off'])
+def test_a_pretended_gpu_computes_what_a_cpu_does(tmp_path, gpu, words):
+    same_run(*(run_on(place, tmp_path / str(place), *words.split()) for place in (None, gpu)))
+
+
+@without_gpu
+def test_a_sweep_and_a_resumed_run_on_a_pretended_gpu(tmp_path, gpu):
+    words = '--sweep=2', '--sweep_space=dropout=0,0.1'
+    runs = [run_on(place, tmp_path / str(place), *words) / 'dropout=0.1' for place in (None, gpu)]
+    resumed(runs[0], '--epochs', 15)
+    with gpu:
+        resumed(runs[1], '--epochs', 15)
+    same_run(*runs)
+
+
+@without_gpu
+def test_an_epoch_has_few_launches(tmp_path, gpu):
+    """Nearly every operation that is no view is one kernel. A loop over tasks would show here."""
+    run_on(gpu, tmp_path)
+    assert 100 < gpu.captured.total() < 280, gpu.captured
+
+
+@pytest.fixture(scope='module')
+def on_cpu(tmp_path_factory):
+    return records(run_on(None, tmp_path_factory.mktemp('short')))
+
+
+@without_gpu
+@pytest.mark.parametrize('file, right, wrong, finding', [
+    ('train', 'd.classes, device=o.device).log()', 'd.classes).log()', 'mixes'),
+    ('train', 'rand(n_masks, 1, o.d_model, device=o.device)', 'rand(n_masks, 1, o.d_model)', 'mixes'),
+    ('model', 'torch.arange(3, device=x.device)', 'torch.arange(3)', 'mixes'),
+    ('train', 'ln_q * loss.d', 'torch.tensor(d.classes, device=o.device).log() * loss.d', 'waits'),
+    ('train', '.clamp(min=1e-30)', '.item()', 'waits'),
+    ('train', 'if o.lamb:  #', 'if loss.sum() > 0:  #', 'waits'),
+    ('train', '(weight @ loss)', '(weight @ loss)[loss.sum() > 0]', 'waits'),
+    ('train', '.muon_lr, device=o.device)', '.muon_lr, device=o.device).item()', 'fill_'),
+    ('train', '.fill_(lr * min', ' = torch.tensor(device=o.device, data=lr * min', 'differs'),
+    ('train', 'torch._foreach_lerp_(memory, g', 'memory[:] = torch._foreach_lerp(memory, g', 'differs'),
+    ('model', 'torch._foreach_lerp_(memory, g', 'memory = torch._foreach_lerp(memory, g', 'differs'),
+    ('model', 'replay()', 'replay(); out = {name: v.clone() for name, v in out.items()}', 'differs'),
+    ('train', 'capturable=cuda', 'capturable=False', 'note: no CUDA graph'),
+    ('model', ', stream=side', '', 'stream')])
+def test_a_fault_is_found_on_a_pretended_gpu(
+        tmp_path, gpu, on_cpu, monkeypatch, capsys, file, right, wrong, finding):
+    """Mixed devices, waits in a step, what a capture freezes, an optimiser or a graph not made for it."""
+    module, broken = dict(train=train, model=model)[file], ModuleType(file)
+    source = Path(module.__file__).read_text()
+    assert source.count(right) == 1
+    broken.__file__ = module.__file__
+    exec(source.replace(right, wrong), vars(broken))
+    if file == 'model':
+        for name in ('Muon', 'captured', 'network'):
+            monkeypatch.setattr(train, name, getattr(broken, name))
+    try:
+        there = records(run_on(gpu, tmp_path, by=broken if file == 'train' else train))
+        differs = any((there[name] != on_cpu[name]).any() for name in on_cpu)
+        found = 'differs' if differs else capsys.readouterr().out
+    except Exception as e:
+        found = str(e)
+    assert finding in found
+
+
+@without_gpu
+def test_what_a_gpu_cannot_do_is_done_without(tmp_path, gpu, on_cpu, monkeypatch, capsys):
+    """A capture that fails, a torch.compile that fails: a note, and the same run."""
+    def capture(graph, stream):
+        raise RuntimeError('captured nothing\nbut lines')
+    monkeypatch.setattr(torch.cuda, 'graph', capture)
+    there = records(run_on(gpu, tmp_path))
+    assert all((there[name] == on_cpu[name]).all() for name in on_cpu)
+    assert capsys.readouterr().out.count('captured nothing)\n') == 1 and gpu.generator.state == 'new'
+
+    def compile(module, dynamic):
+        raise RuntimeError('compiled nothing')
+    monkeypatch.setattr(torch, 'compile', compile)
+    monkeypatch.setattr(train, 'bench', lambda *_: None)
+    for words, notes in (('--epochs=49999', 0), ('--epochs=50000', 1)):
+        run_on(gpu, tmp_path, words, '--bench=1')
+        assert capsys.readouterr().out.count('compiled nothing') == notes
+    with pytest.raises(data.Refusal, match='compiled nothing'):
+        run_on(gpu, tmp_path, '--compile=on', '--bench=1')
+
+
+@without_gpu
+def test_a_gpu_that_cannot_be_used_is_left_alone(gpu, monkeypatch, capsys):
+    dead, ones = {'cuda:0'}, torch.ones
+
+    def first(size, device):
+        if device in dead:
+            raise RuntimeError('driver too old')
+        return ones(size)
+    monkeypatch.setattr(torch, 'ones', first)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [train.usable(name) for name in ('auto', 'cuda', 'cuda:1')] == ['cuda:1'] * 3
+    dead.add('cuda:1')
+    train.usable.cache_clear()
+    assert train.usable('auto') == 'cpu'
+    assert 'cuda:1' in capsys.readouterr().out
+    for name in ('cuda', 'cuda:0', 'cuda:7'):
+        with pytest.raises(data.Refusal, match=name):
+            train.usable(name)
 
 
 # ---------------------------------------------------------------- waves, neurons, Fourier over rows
@@ -1614,18 +1851,10 @@ def numbers_of(text):
     return [float(word) for word in words if word.removeprefix('-').replace('.', '', 1).isdigit()]
 
 
-def test_bench_counts_the_work(tmp_path, monkeypatch, capsys):
-    real = torch.randn  # without the plain product beside it, which would take seconds
-    monkeypatch.setattr(torch, 'randn', lambda *of, **how: real(*(64, 64) if of[0] == 4096 else of, **how))
-    of_layers = 32 * 32 + 32 * 128 + 128 * 32  # W_O, W_in, W_out; backward takes twice the forward
-    cases = {'miiii': (of_layers + 32 * 17) * (3 * 60 + 30),
-             'nanda --train_frac 0.3 --preset paper': (of_layers + 32 * 11) * (3 * 36 + 42)}
-    for words, products in cases.items():
-        words = [*TINY, '--task', *words.split(), '--bench', 5, '--out', tmp_path]
-        *_, line = output_of(capsys, train, *words).splitlines()
-        ms, per_second, gflop, *_ = numbers_of(line)
-        assert ms * per_second == pytest.approx(1e3, rel=2e-3)
-        assert gflop == pytest.approx(2e-9 * products, rel=6e-3) and not list(tmp_path.iterdir())
+def test_bench_tells_the_time_and_saves_nothing(tmp_path, capsys):
+    *_, line = output_of(capsys, train, *TINY, '--bench', 5, '--out', tmp_path).splitlines()
+    ms, per_second = numbers_of(line)
+    assert ms * per_second == pytest.approx(1e3, rel=2e-3) and not list(tmp_path.iterdir())
 
 
 def test_a_row_of_the_table_of_runs(copied, tmp_path, monkeypatch, fault):
@@ -1695,6 +1924,6 @@ def test_what_is_shipped_is_small_and_readme_and_code_are_in_order():
 
 def test_it_groks(tmp_path):
     """The real thing, small: trained on some sums mod 31, it is right on every pair it never saw."""
-    task, = told(run_of(*'--task nanda --p 31 --d_model 64 --train_frac 0.6 --epochs 400'.split(),
+    task, = told(run_of(*'--task nanda --p 31 --d_model 64 --train_frac 0.8 --epochs 400'.split(),
                         '--n_heads', 4, '--spectra_every', 0, '--out', tmp_path))['tasks']
     assert task['valid_acc'] == task['test_acc'] == 1 and 50 < task['grok_epoch'] < 400

@@ -6,6 +6,8 @@
 """
 import argparse
 import contextlib
+import functools
+import gc
 import itertools
 import json
 import math
@@ -69,7 +71,8 @@ option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (
 option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
 option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper', 'tenfold')
 option('device', 'auto', 'auto, cpu, cuda or cuda:N')
-option('compile', 'auto', 'torch.compile, on CUDA one graph per epoch; auto = on CUDA', 'auto', 'on', 'off')
+option('compile', 'auto', 'torch.compile; auto = on CUDA from 50,000 epochs. Only off: no CUDA graph, either',
+       'auto', 'on', 'off')
 option('out', '', 'run folder; out/TASK if not given')
 option('resume', False, 'go on with the run in the folder; its own options hold')
 option('bench', 0, 'time so many epochs instead, and save nothing')
@@ -137,9 +140,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
     o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
-    here = [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['cpu']
-    o.device = dict(auto=here[0], cuda='cuda:0').get(o.device, o.device)
-    need(o.device in here, f'device {o.device} is not available, here is {", ".join(here)}')
+    o.device = usable(o.device)
     need(not o.sweep or not o.resume and not o.bench, '--sweep goes with neither --resume nor --bench')
     if o.resume:
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
@@ -161,6 +162,19 @@ def parse(argv):
     need(o.d_model % o.n_heads == 0, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
     need(o.init_from or not o.freeze and o.copy == 'all', '--copy and --freeze go with --init_from')
     return o
+
+
+@functools.cache
+def usable(device):
+    """The card that a name stands for: the first one that can do a sum; with auto also the CPU."""
+    cards = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    for name in dict(auto=[*cards, 'cpu'], cuda=cards).get(device, {device} & {*cards, 'cpu'}):
+        try:
+            torch.ones(2, device=name).sum().item()
+            return name
+        except RuntimeError as e:  # too old a driver, or no kernels for this card in this torch
+            say(f'note: {name} cannot be used ({data.brief(e)})')
+    refuse(f'device {device} is not available, here is {", ".join([*cards, "cpu"])}')
 
 
 def train(o):
@@ -190,13 +204,17 @@ def train(o):
         copy_weights(model, o)
     named = {name: w for name, w in model.named_parameters() if w.requires_grad}
     params = list(named.values())
-    net, losses = model, task_losses
-    if o.compile == 'on' or o.compile == 'auto' and cuda:
-        compiler = os.environ.get('CC' if cuda else 'CXX') or ('gcc' if cuda else 'g++')
-        need(shutil.which(compiler.split()[0]), f'torch.compile needs {compiler}, or --compile off')
+    net = model
+    if o.compile == 'on' or o.compile == 'auto' and cuda and o.epochs >= 50_000:
         torch.compiler.reset()  # torch compiles few versions of one function, and a sweep has many
-        net = torch.compile(model, dynamic=False)
-        losses = torch.compile(losses, dynamic=False) if cuda else losses
+        try:
+            net = torch.compile(model, dynamic=False)
+            with torch.no_grad(), bfloat16:
+                net(x_valid)  # the first use compiles: what is missing here shows
+        except Exception as e:
+            need(o.compile == 'auto', f'torch.compile fails here, leave out --compile on ({data.brief(e)})')
+            say(f'note: torch.compile fails here, so this run does without ({data.brief(e)})')
+            net = model
 
     # optimisers; their rates are tensors on the device, so that a CUDA graph can follow a schedule
     by_muon = {n: w for n, w in named.items() if o.optimizer == 'muon' and n not in ('W_E', 'W_pos')}
@@ -216,8 +234,8 @@ def train(o):
 
     def evaluate(x, y, drop=(1, 1)):
         with bfloat16:
-            logits = net(x, drop).view(len(y), -1)
-        return losses(logits, y, d.classes)
+            logits = net(x, drop).reshape(len(y), -1)
+        return task_losses(logits, y, d.classes)
 
     def step():
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
@@ -290,7 +308,7 @@ def train(o):
         except Exception as e:  # a foreign file can fail in any of these lines, in any way
             refuse(f'cannot resume {out}: ckpt.pt or metrics.npz is damaged or missing ({str(e)[:150]!r})')
 
-    if cuda and net is not model:
+    if cuda and o.compile != 'off':
         step = captured(step)
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if cuda:
@@ -298,11 +316,11 @@ def train(o):
     sizes = {name: len(some) for name, some in rows.items()}
     counts = ' + '.join(f'{size} {name}' for name, size in sizes.items())
     n_params = sum(w.numel() for w in model.parameters())
-    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters, {device}')
+    say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters')
     options = flags(dict(preset=o.preset) | changes(o))
-    say(f'options: {options}')
+    say(f'options: {options}\non {device}, torch {torch.__version__}')
     if o.bench:
-        return bench(o, d, step)
+        return bench(step, o.bench)
 
     # ---------------------------------------------------------------- the loop
     with data.claim(out), contextlib.ExitStack() as held:
@@ -360,13 +378,12 @@ def train(o):
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
             with torch.no_grad(), bfloat16:
-                logits = {name: model(x).view(len(y), -1).float() for name, (x, y) in batches.items()}
+                logits = {name: model(x).reshape(len(y), -1).float() for name, (x, y) in batches.items()}
             tasks = scores(d, batches, logits, history['valid_acc'].cpu().numpy())
             weight = task_weight.tolist()
             objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in batches}
             summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
-                           epochs_per_s=epoch / wall, device=device, versions=VERSIONS, commit=commit,
-                           options=options, config=vars(o))
+                           device=device, versions=VERSIONS, commit=commit, options=options, config=vars(o))
             data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
             say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
@@ -508,23 +525,12 @@ def score_table(tasks):
 
 # ---------------------------------------------------------------- other ways to run
 
-def bench(o, d, step):
-    """Print milliseconds per epoch, and the rate of its matrix products beside that of a plain one."""
-    def ms(fn, times):
-        for _ in range(5):
-            fn()
-        timer = benchmark.Timer('fn()', globals=dict(fn=fn), num_threads=torch.get_num_threads())
-        return 1e3 * timer.timeit(times).mean
-
-    dtype = torch.bfloat16 if o.precision == 'bfloat16' else torch.float32
-    a = torch.randn(4096, 1024, device=o.device, dtype=dtype)
-    epoch, product = ms(step, o.bench), ms(lambda: a @ a.T, 9)
-    train, valid, _ = (len(rows) * d.n_ops for rows in data.split(len(d.y), o.train_frac))
-    per_row = 2e-9 * o.d_model * (9 * o.d_model + sum(d.classes) // d.n_ops)  # W_O, W_in, W_out, W_U
-    gflop = per_row * (3 * train + valid)  # backward takes twice the forward
-    rate, limit = gflop / epoch * 1e3, 2 * 4096 ** 2 * 1024 / product / 1e6
-    say(f'{epoch:.4g} ms per epoch, {1e3 / epoch:.4g} epochs/s; {gflop:.3g} GFLOP each, at '
-        f'{rate / limit:.0%} of the {limit:,.0f} GFLOP/s of a matrix product')
+def bench(step, epochs):
+    """Print how long an epoch takes, after five that warm up."""
+    timer = benchmark.Timer('step()', globals=dict(step=step), num_threads=torch.get_num_threads())
+    timer.timeit(5)
+    seconds = timer.timeit(epochs).mean
+    say(f'{1e3 * seconds:.4g} ms per epoch, {1 / seconds:.4g} epochs/s')
 
 
 def sweep(o, argv):
@@ -557,6 +563,7 @@ def sweep(o, argv):
             train(planned)
         except Diverged as e:
             say(f'note: {e}')  # without a summary it ranks last
+        gc.collect()  # gives back the memory of a CUDA graph
     say(rank(root, settings, runs))
 
 
