@@ -582,6 +582,7 @@ def gpu(monkeypatch):
     """A machine with one GPU, and `with gpu` its tensors."""
     gpu = Gpu()
     stream = SimpleNamespace(wait_stream=id, is_capturing=lambda: gpu.tape is not None, device_index=0)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', stream.is_capturing)  # of older versions
     gpu.generator = SimpleNamespace(state='old', clone_state=lambda: 'new')
     gpu.generator.graphsafe_set_state = lambda state: vars(gpu.generator).update(state=state)
     answers = dict(_lazy_init=None, device_count=1, is_available=True, set_device=None, Stream=stream,

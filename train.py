@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils import benchmark
 
 import analyze
 import data
@@ -526,11 +525,17 @@ def score_table(tasks):
 # ---------------------------------------------------------------- other ways to run
 
 def bench(step, epochs):
-    """Print how long an epoch takes, after five that warm up."""
-    timer = benchmark.Timer('step()', globals=dict(step=step), num_threads=torch.get_num_threads())
-    timer.timeit(5)
-    seconds = timer.timeit(epochs).mean
-    say(f'{1e3 * seconds:.4g} ms per epoch, {1 / seconds:.4g} epochs/s')
+    """Print how long an epoch takes."""
+    def seconds(times):
+        start = time.perf_counter()
+        for _ in range(times):
+            losses = step()['train_loss']
+        losses.tolist()  # waits for a GPU
+        return (time.perf_counter() - start) / times
+
+    seconds(5)  # compiles, captures, warms up
+    each = seconds(epochs)
+    say(f'{1e3 * each:.4g} ms per epoch, {1 / each:.4g} epochs/s')
 
 
 def sweep(o, argv):
