@@ -25,7 +25,7 @@ import torch
 
 import data
 from data import aligned, load, load_matrix, need, refuse, say, show, write
-from model import fast_cpu, network, task_losses
+from model import example_logits, fast_cpu, network, task_losses
 
 
 # ---------------------------------------------------------------- Fourier over the rows of a matrix
@@ -270,10 +270,15 @@ def carried(share, p):
 # ---------------------------------------------------------------- a run folder
 
 class Run(SimpleNamespace):
-    """An open run folder: path, config, epoch, p, data, rows (train, valid, test), net, weights, initial
-    (weights), snapshots {epoch: weights}, records (metrics.npz up to the checkpoint), shipped (snapshots.npz,
-    their numbers where the weights did not travel), notes on what is missing, to (where its analysis is)."""
+    """An open run folder: path, name, config, epoch, p, data, rows (train, valid, test), net, weights,
+    initial (weights), snapshots {epoch: weights}, records (metrics.npz up to the checkpoint), shipped
+    (snapshots.npz, their numbers where the weights did not travel), notes on what is missing, to (where its
+    analysis is)."""
 
+    def __repr__(self):
+        return f'Run({str(self.path)!r}: {self.config["task"]}, p = {self.p}, epoch {self.epoch:,})'
+
+    @data.plain_torch()
     def forward(self, weights=None):
         """Logits (p^2, columns of all tasks) over all inputs, and the activations of the last block (see
         Transformer.forward). Of the final weights, unless others are given."""
@@ -281,6 +286,7 @@ class Run(SimpleNamespace):
         self.net.load_state_dict(weights or self.weights)
         return self.net(self.data.x, acts=acts).reshape(len(self.data.y), -1), acts
 
+    @data.plain_torch()
     def analysis(self):
         """numbers, arrays: those in the folder if newer than the run and this file, else made now, which may
         take minutes, and written there."""
@@ -315,9 +321,10 @@ def arrays_in(path):
         refuse(f'{path} is damaged ({type(e).__name__})')
 
 
+@data.plain_torch()
 def load_run(path, to=None):
     """Open a run folder, as run = load_run('assets/nanda'). Its analysis and figures go into it, or into the
-    folder to/NAME-OF-RUN. Raises Refusal if anything in it is damaged."""
+    folder to/NAME-OF-RUN. Raises Refusal if anything in it is damaged, or was made by another model."""
     path, notes = Path(path), []
     ckpt = load(path / 'ckpt.pt')
     o = ckpt['config']
@@ -328,9 +335,8 @@ def load_run(path, to=None):
     try:
         d = data.make(o['task'], o['p'], o['data_seed'])
         rows = data.split(len(d.y), o['train_frac'], o['data_seed'])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(o['seed'])  # train.py starts there
-            net = network(o, d).requires_grad_(False)
+        torch.manual_seed(o['seed'])  # train.py starts there
+        net = network(o, d).requires_grad_(False)
         start = {name: w.clone() for name, w in net.state_dict().items()}
         snapshots = {k['step']: k['model'] for k in kept if k['step'] <= epoch}  # a killed run has more
         for weights in (*snapshots.values(), ckpt['model']):
@@ -346,6 +352,10 @@ def load_run(path, to=None):
         need(fits, 'a metrics.npz of another run')
     except Exception as e:  # foreign files can fail in any of these lines, in any way
         refuse(f'{path} holds what does not belong together: {" ".join(str(e).split())[:150]}')
+    need(len(d.y) == o['p'] ** 2, f'{path}: what follows is for all pairs of two digits')
+    if 'example' in ckpt:
+        off = (example_logits(net, d) - ckpt['example']).norm() / ckpt['example'].norm()
+        need(off < 0.1, f'{path} was made by another model: here its logits differ by {off:.0%}')
     if epoch and not records:
         notes.append(f'{path} has no metrics.npz: no curves')
     if not snapshots and not shipped:
@@ -353,9 +363,10 @@ def load_run(path, to=None):
     if o.get('init_from') and 0 not in snapshots:
         notes.append(f'{path} lacks the weights it began with: its null is from before they were copied')
     weights = {name: w.float() for name, w in ckpt['model'].items()}  # shipped runs have them in float16
-    return Run(path=path, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net, weights=weights,
-               initial=snapshots.get(0, start), snapshots=snapshots, records=records, shipped=shipped,
-               notes=notes, to=Path(to, path.name) if to else path, known=None)
+    name = path.resolve().name
+    return Run(path=path, name=name, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net,
+               weights=weights, initial=snapshots.get(0, start), snapshots=snapshots, records=records,
+               shipped=shipped, notes=notes, to=Path(to, name) if to else path, known=None)
 
 
 # ---------------------------------------------------------------- one network: weights and neurons

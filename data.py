@@ -6,10 +6,12 @@ has O rows of tokens. Below: the files of a run, and how a script reports what i
 """
 import ast
 import contextlib
+import ctypes
 import io
 import os
 import re
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -81,8 +83,9 @@ def polynomial(formula, a, b, p):
     """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (or **), numbers,
     parentheses. Python reads the formula but does not run it; each step is reduced mod p: no overflow."""
     what = f'{formula[:200]!r} is no formula in a and b'
-    plain = len(formula) <= 200 and '0b' not in formula and re.fullmatch('[ab0-9+*^() -]+', formula)
-    need(plain, f'{what} of at most 200 characters; other tasks are {", ".join(TASKS)}')
+    foreign = re.search('[^ab0-9+*^() -]|0b', formula)
+    need(not foreign, f'{what}: {foreign and foreign.group()!r}; other tasks are {", ".join(TASKS)}')
+    need(0 < len(formula) <= 200, f'{what} of 1 to 200 characters')
     text = formula.strip().replace('^', '**')
 
     def value(node):
@@ -138,23 +141,45 @@ def brief(error):
     return (str(error).strip() or repr(error)).splitlines()[0][:150]
 
 
-def write(path, fill):
-    """A file, whole or not at all: fill(buffer), then it is written beside, synced, renamed."""
-    path, buffer = Path(path), io.BytesIO()
-    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+def write(path, fill, late=None):
+    """A file, whole or not at all, of what fill(buffer) puts into a buffer. Raises Refusal; but given a dict
+    `late`, for files that cannot be written at the moment, it goes there with a note."""
+    buffer, files = io.BytesIO(), {} if late is None else late
     fill(buffer)
+    files[Path(path)] = buffer
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, 'wb') as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        refuse(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+        flush(files)
+    except Refusal as e:
+        need(late is not None, e)
+        say(f'note: {e}; it is tried again at the next save')
+
+
+def flush(files):
+    """Write {path: buffer} one by one, in order: beside, synced, renamed. What is written leaves the dict."""
+    for path, buffer in list(files.items()):
+        beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, 'wb') as f:
+                f.write(buffer.getbuffer())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, path)
+        except OSError as e:
+            refuse(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+        del files[path]
+
+
+def settle(late):
+    """Write what is late, for a minute again and again. Raises Refusal."""
+    for _ in range(60):
+        with contextlib.suppress(Refusal):
+            return flush(late)
+        time.sleep(1)
+    flush(late)
 
 
 def load(path, keys=('model', 'optimizer', 'filter', 'step', 'rng', 'config', 'versions')):
@@ -227,14 +252,47 @@ def show(value):
     return '-' if value is None else f'{value:,}' if isinstance(value, int) else value
 
 
+@contextlib.contextmanager
+def plain_torch():
+    """torch as in a new process, whatever a notebook has set: float32 on the CPU by default, gradients, no
+    autocast. At the end all is as it was, also random numbers and the precision of products."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    precision = torch.get_float32_matmul_precision()
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast('cpu', enabled=False),
+          torch.autocast('cuda', enabled=False), torch.random.fork_rng(cards)):
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(None if device.type == 'cpu' else device)
+            torch.set_float32_matmul_precision(precision)
+
+
+def keep_buffers():
+    """Big buffers stay with the process instead of going back to the kernel at every use: an epoch on a CPU
+    takes .8 of the time. For a script alone, as it cannot be undone; nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
 def run_script(main):
     """main(arguments) as a program: what the user can mend ends in one line and exit code 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors='backslashreplace')  # a name that the terminal cannot show is no fault
+    keep_buffers()
     try:
         main(sys.argv[1:])
-    except (Refusal, OSError, MemoryError, torch.OutOfMemoryError) as e:
+    except (Refusal, OSError, MemoryError, RuntimeError) as e:
         text = ' '.join((str(e) or repr(e)).split())[:600]
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in text:
+            text = f'out of memory; lower --p, --d_model or --train_frac ({brief(e)})'
+        elif isinstance(e, RuntimeError):
+            raise
         with contextlib.suppress(OSError, ValueError):
             print(f'{os.path.basename(sys.argv[0])}: error: {text}', file=sys.stderr)
         sys.exit(2)

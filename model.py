@@ -8,10 +8,9 @@ read at the last position (Syrkis & Søgaard 2024, eq. 7 to 11):
 
 N rows, T = 3 tokens, O operations, V = p + O, D width, H heads, K = D/H, F = 4D neurons, Q tasks, C classes.
 """
-import contextlib
-import ctypes
 import functools
 import math
+import platform
 import warnings
 
 import torch
@@ -117,6 +116,12 @@ def network(o, d):
     return Transformer(o['p'], o['d_model'], o['n_heads'], n_classes, d.n_ops, n_tasks, o['init'])
 
 
+@torch.no_grad()
+def example_logits(net, d):
+    """Logits of some inputs. A checkpoint keeps them, to tell whether the code is still the same function."""
+    return net(d.x[::max(1, len(d.x) // 8)]).float().cpu()
+
+
 def task_losses(logits, y, classes):
     """Cross-entropy and accuracy of each task: logits (N, C), targets (N, Q) -> (Q,), (Q,), in float32.
 
@@ -125,17 +130,20 @@ def task_losses(logits, y, classes):
     one is exact down to the smallest float. A tie is wrong. Rows are counted, so that all of them make 1.0.
     """
     starts, owner = layout(tuple(classes), y.device)
-    loss, right = TaskLosses.apply(logits.float(), y.T + starts, owner)
+    loss, right = TaskLosses.apply(logits, y.T + starts, owner)
     return loss, (right.sum(1).double() / len(y)).float()  # on a GPU float32 / is a product with 1 / N
 
 
 class TaskLosses(torch.autograd.Function):
     """The losses, with their gradient written out: autograd keeps and reads several copies of the logits, by
-    far the largest tensor of a step. Classes are rows here: what is read together lies together."""
+    far the largest tensor of a step. Classes are rows here: what is read together lies together. By row,
+    with behind = logsumexp of the wrong logits - right logit, loss = softplus(behind):
+    d loss / d wrong = sigmoid(behind) exp(wrong) / sum of exp(wrong) ;  d loss / d right = -sigmoid(behind)
+    """
 
     @staticmethod
     def forward(ctx, logits, answers, owner):
-        z = logits.T.clone(memory_format=torch.contiguous_format)                # C N
+        z = logits.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)      # C N
         right = z.gather(0, answers)                                             # Q N
         wrong = z.scatter_(0, answers, -torch.inf)
         # not below -3e38: where no other class is possible, -inf - -inf would be nan
@@ -149,6 +157,7 @@ class TaskLosses(torch.autograd.Function):
         return functional.softplus(behind).mean(1), is_right
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         answers, owner, powers, total, behind = ctx.saved_tensors
         slope = grad[:, None] * behind.sigmoid() / behind.shape[1]               # Q N
@@ -184,9 +193,9 @@ class Muon(torch.optim.Optimizer):
             memory, grads = [self.state[w]['momentum'] for w in params], [w.grad for w in params]
             torch._foreach_lerp_(memory, grads, 1 - mu)
             updates = torch._foreach_lerp(grads, memory, mu)
-            lying = [u if u.shape[-2] <= u.shape[-1] else u.mT for u in updates]
-            for shape in {u.shape[-2:] for u in lying}:  # the matrices of one shape together: fewer launches
-                alike = [u.view(-1, *shape) for u in lying if u.shape[-2:] == shape]
+            wide = [u if u.shape[-2] <= u.shape[-1] else u.mT for u in updates]
+            for shape in {u.shape[-2:] for u in wide}:  # the matrices of one shape together: fewer launches
+                alike = [u.view(-1, *shape) for u in wide if u.shape[-2:] == shape]
                 torch._foreach_copy_(alike, orthogonalize(torch.cat(alike)).split([len(u) for u in alike]))
             torch._foreach_mul_(updates, [max(1, w.shape[-2] / w.shape[-1]) ** 0.5 for w in params])
             torch._foreach_mul_(updates, lr)
@@ -205,36 +214,42 @@ def orthogonalize(X):
 
 
 def fast_cpu():
-    """Twice the epochs per second on a CPU, with the same results up to rounding. Nothing for a GPU."""
-    torch.set_float32_matmul_precision('medium')  # float32 products by oneDNN instead of MKL ...
+    """Products faster on a CPU, with the same results up to rounding."""
+    torch.set_float32_matmul_precision('medium')  # float32 by oneDNN instead of MKL ...
     a = torch.linspace(-1, 1, 2 ** 16).sin().view(256, 256)
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
         torch.set_float32_matmul_precision('highest')  # ... unless it would round them to bfloat16
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
-        libc = ctypes.CDLL(None)  # keep big buffers instead of giving them back to the kernel at every use
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def slow_bfloat16():
+    """Whether this CPU is one that has to imitate products in bfloat16, as x86 without AVX512_BF16 or AMX."""
+    return platform.machine() in ('x86_64', 'AMD64') and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def captured(fn):
     """fn as one CUDA graph, one launch per epoch (not run on a card yet). The first three calls run plainly
-    and count like any other: they warm up what a capture must not meet cold. Where it fails, all do."""
-    graph, side, calls, out = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-    plainly = torch.version.hip is not None  # ROCm does not tell when a capture goes wrong
+    and count like any other: they warm up what a capture must not meet cold. The fourth captures; if that
+    fails, it and all later ones run plainly, too."""
+    if torch.version.hip:
+        say('note: no graph of an epoch on ROCm, which does not tell when a capture goes wrong')
+        return fn
+    graph, side, calls, out, fails = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None, False
 
     def call():
-        nonlocal calls, out, plainly
+        nonlocal calls, out, fails
         calls += 1
-        if calls == 4 and not plainly:
+        if calls == 4:
             try:
                 with torch.cuda.graph(graph, stream=side):
                     out = fn()
-            except RuntimeError as e:  # nothing has run, but the generator still waits for the capture's end
+            except RuntimeError as e:  # nothing has run. What spoiled a capture is the context of its error
+                fails = True
+                graph.reset()
                 generator = torch.cuda.default_generators[side.device_index]
-                generator.graphsafe_set_state(generator.clone_state())
-                plainly = True
-                say(f'note: no CUDA graph here, so an epoch takes longer ({brief(e)})')
-        if calls > 3 and not plainly:
+                generator.graphsafe_set_state(generator.clone_state())  # the old one may think it is captured
+                say(f'note: no CUDA graph here, so an epoch takes longer ({brief(e.__context__ or e)})')
+        if calls > 3 and not fails:
             graph.replay()
             return out
         side.wait_stream(torch.cuda.current_stream())

@@ -35,16 +35,22 @@ STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 8.5, 'legend.f
 FIGURES = {}  # name: function, what it takes: no run (none), one, any number, or a file
 
 
+def our_style():
+    """matplotlib's defaults and our style, whatever matplotlibrc says."""
+    return plt.style.context(['default', STYLE])
+
+
 def figure(takes):
     """Makes a function a figure: found by its name, drawn in our style, with its docstring as the title."""
     def register(draw):
         @functools.wraps(draw)
         def drawn(*runs):
-            with plt.rc_context(STYLE):
+            with data.plain_torch(), our_style():
                 fig = draw(*runs)
                 of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}. ' for run in runs if takes == 'one']
                 text = ' '.join((draw.__doc__ or draw.__name__).split()).removesuffix('.')
                 fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 104))
+                fig.draw_without_rendering()  # makes what a notebook would make later, in its own style
                 return fig
         FIGURES[draw.__name__] = drawn, takes
         return drawn
@@ -56,7 +62,7 @@ def figure(takes):
 def name_of(run):
     """What a run is, for titles: its task, and its folder's name where that is another."""
     task = run.config['task']
-    return task if run.path.name == task.replace('*', 'x') else f'{task} ({run.path.name})'
+    return task if run.name == task.replace('*', 'x') else f'{task} ({run.name})'
 
 
 def rows_of(run):
@@ -638,8 +644,8 @@ def draw_file(file, draw, *args):
         say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}')
         return False
     for kind in ('svg', 'png'):
-        fill = functools.partial(fig.savefig, format=kind, dpi=STYLE['savefig.dpi'])
-        write(file.with_name(f'{file.name}.{kind}'), fill)
+        with our_style():
+            write(file.with_name(f'{file.name}.{kind}'), functools.partial(fig.savefig, format=kind))
     plt.close('all')
     say(f'{file}.png')
     return True
@@ -652,7 +658,7 @@ def main(argv):
     option = parser.add_argument
     option('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
     option('--only', metavar='NAME', choices=FIGURES, help='one figure: ' + ', '.join(FIGURES))
-    option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, not into the run folder')
+    option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, and what is of no run into FOLDER')
     option('--data', action='store_true', help='the figures that need no run')
     option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
     args = parser.parse_args(argv)
@@ -666,9 +672,9 @@ def main(argv):
         if takes == 'any' and runs:
             jobs.append((runs[0].to, name, draw, *runs))
         if takes == 'none' and args.data:
-            jobs.append(('out', name, draw))
+            jobs.append((args.to or 'out', name, draw))
     if args.embedding:
-        jobs.append(('out', f'embedding_{Path(args.embedding).stem}', periods, args.embedding))
+        jobs.append((args.to or 'out', f'embedding_{Path(args.embedding).stem}', periods, args.embedding))
     what = dict(none='--data', one='a run folder', any='a run folder', file='--embedding FILE')
     if not jobs:
         refuse(f'{args.only} needs {what[FIGURES[args.only][1]]}')

@@ -4,11 +4,13 @@
 """
 import contextlib
 import csv
+import io
 import itertools
 import json
 import math
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -381,7 +383,7 @@ def test_muon_against_torch():
         assert (x - y).norm() < 0.03 * (y - first).norm()
 
 
-@pytest.mark.parametrize('kind, rows, by_mlp', [('batch', 1, 0.5), ('example', 60, 0)])
+@pytest.mark.parametrize('kind, rows, by_mlp', [('batch', 1, 0.5), ('example', 60, 0.25)])
 def test_dropout_masks(tmp_path, monkeypatch, kind, rows, by_mlp):
     """Two new masks at every epoch, of the share asked for. At a rate of 0 the weights stand still and only
     masks move the loss: the recorded losses are those under the masks, and validation has none."""
@@ -398,7 +400,6 @@ def test_dropout_masks(tmp_path, monkeypatch, kind, rows, by_mlp):
     masks = torch.stack(seen)
     assert masks.shape == (5, 2, rows, 1, 512)
     assert len(masks.sign().view(-1, 512).unique(dim=0)) == 10 * rows
-    by_mlp = by_mlp or 0.25  # 0 = the same
     for rate, some in zip((0.25, by_mlp), masks.unbind(1)):
         assert torch.allclose(some.unique(), torch.tensor([0, 1 / (1 - rate)]))
     for rate, some in ((0.25, masks[:, 0]), (by_mlp, masks[:, 1]), (by_mlp / 4, masks.amax(1))):
@@ -543,7 +544,8 @@ class Gpu(TorchDispatchMode):
         may_mix = name in ('copy_', '_to_copy') or 'index' in name
         assert not (here and there) or may_mix, f'{func} mixes devices'
         by_mask = name.startswith('index') and any(t.dtype == torch.bool for t in given[1:])
-        waits = here or off or by_mask or name in WAITS
+        from_host = name in ('copy_', '_to_copy') and not all(isinstance(t, OnGpu) for t in given)
+        waits = here or off or from_host or by_mask or name in WAITS
         assert self.tape is None or not waits, f'{func} waits for the GPU'
         kwargs |= dict(device='cpu') if onto else {}
         args, kwargs = tree_map(lambda x: x.own if isinstance(x, OnGpu) else x, (args, kwargs))
@@ -574,7 +576,8 @@ class Gpu(TorchDispatchMode):
                 for old, new in zip(tensors(out), tensors(func(*args, **kwargs))):
                     old.copy_(new)
         graph.replay = replay
-        self.captured = Counter(func.overloadpacket.__name__ for func, *_ in tape)
+        names = [func.overloadpacket.__name__ for func, *_ in tape]
+        self.kernels = Counter(name for name in names if not re.search('_unsafe_view|empty|record_f', name))
 
 
 @pytest.fixture
@@ -590,8 +593,8 @@ def gpu(monkeypatch):
                    get_rng_state=None, set_rng_state=None)
     for name, value in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    for place, name, value in ((torch.cuda, 'CUDAGraph', SimpleNamespace), (torch.cuda, 'graph', gpu.capture),
-                               (torch.cuda, 'default_generators', [gpu.generator]),
+    for place, name, value in ((torch.cuda, 'CUDAGraph', lambda: SimpleNamespace(reset=int)),
+                               (torch.cuda, 'graph', gpu.capture), (torch.cuda, 'default_generators', [gpu.generator]),
                                (torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda')),
                                (torch.accelerator, 'current_stream', lambda *_: stream),
                                (torch, 'compile', lambda module, dynamic: lambda *args: module(*args))):
@@ -632,10 +635,11 @@ def test_a_sweep_and_a_resumed_run_on_a_pretended_gpu(tmp_path, gpu):
 
 
 @without_gpu
-def test_an_epoch_has_few_launches(tmp_path, gpu):
+@pytest.mark.parametrize('task', ['miiii', 'a*b,a+b'])
+def test_an_epoch_has_few_launches(tmp_path, gpu, task):
     """Nearly every operation that is no view is one kernel. A loop over tasks would show here."""
-    run_on(gpu, tmp_path)
-    assert 100 < gpu.captured.total() < 280, gpu.captured
+    run_on(gpu, tmp_path, '--task', task)
+    assert 100 < gpu.kernels.total() < 260, gpu.kernels
 
 
 @pytest.fixture(scope='module')
@@ -652,16 +656,14 @@ def on_cpu(tmp_path_factory):
     ('train', '.clamp(min=1e-30)', '.item()', 'waits'),
     ('train', 'if o.lamb:  #', 'if loss.sum() > 0:  #', 'waits'),
     ('train', '(weight @ loss)', '(weight @ loss)[loss.sum() > 0]', 'waits'),
-    ('train', '.muon_lr, device=o.device)', '.muon_lr, device=o.device).item()', 'fill_'),
+    ('train', 'loss.detach().mean()', 'loss.detach().mean() * torch.tensor(1.0, device=o.device)', 'waits'),
     ('train', '.fill_(lr * min', ' = torch.tensor(device=o.device, data=lr * min', 'differs'),
     ('train', 'torch._foreach_lerp_(memory, g', 'memory[:] = torch._foreach_lerp(memory, g', 'differs'),
-    ('model', 'torch._foreach_lerp_(memory, g', 'memory = torch._foreach_lerp(memory, g', 'differs'),
     ('model', 'replay()', 'replay(); out = {name: v.clone() for name, v in out.items()}', 'differs'),
-    ('train', 'capturable=cuda', 'capturable=False', 'note: no CUDA graph'),
-    ('model', ', stream=side', '', 'stream')])
+    ('train', 'capturable=cuda', 'capturable=False', 'note: no CUDA graph')])
 def test_a_fault_is_found_on_a_pretended_gpu(
         tmp_path, gpu, on_cpu, monkeypatch, capsys, file, right, wrong, finding):
-    """Mixed devices, waits in a step, what a capture freezes, an optimiser or a graph not made for it."""
+    """Mixed devices, waits in a step, what a capture freezes, an optimiser not made for it."""
     module, broken = dict(train=train, model=model)[file], ModuleType(file)
     source = Path(module.__file__).read_text()
     assert source.count(right) == 1
@@ -682,8 +684,14 @@ def test_a_fault_is_found_on_a_pretended_gpu(
 @without_gpu
 def test_what_a_gpu_cannot_do_is_done_without(tmp_path, gpu, on_cpu, monkeypatch, capsys):
     """A capture that fails, a torch.compile that fails: a note, and the same run."""
+    @contextlib.contextmanager
     def capture(graph, stream):
-        raise RuntimeError('captured nothing\nbut lines')
+        with gpu.capture(graph, stream):
+            yield
+        try:
+            raise RuntimeError('captured nothing\nbut lines')
+        finally:
+            raise RuntimeError('a previous error')
     monkeypatch.setattr(torch.cuda, 'graph', capture)
     there = records(run_on(gpu, tmp_path))
     assert all((there[name] == on_cpu[name]).all() for name in on_cpu)
@@ -980,6 +988,7 @@ def modular(tmp_path_factory):
     folder = tmp_path_factory.mktemp('built')
     run_of(*f'--task nanda --p 31 --n_heads 4 --epochs 1 --spectra_every 0 --out {folder}'.split())
     ckpt = checkpoint(folder) | dict(model=hand_built(31, KEYS))
+    del ckpt['example']
     data.write(folder / 'ckpt.pt', lambda f: torch.save(ckpt, f))
     return analyze.load_run(folder)
 
@@ -1442,11 +1451,149 @@ def test_every_figure_is_drawn_or_told(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, 'FIGURES', some)
     words = [folders['miiii'], folders['formulas'], '--data', '--to', 'to', '--embedding', 'W.npy']
     printed = output_of(capsys, plots, *words)
-    drawn = ('out/figures/inputs', 'out/figures/embedding_W', 'to/formulas/figures/pattern',
+    drawn = ('to/figures/inputs', 'to/figures/embedding_W', 'to/formulas/figures/pattern',
              'to/miiii/figures/positional')
     for kind in ('png', 'svg'):
         assert {str(file) for file in Path().rglob(f'*.{kind}')} == {f'{file}.{kind}' for file in drawn}
     assert sum('pattern' in line and 'miiii' in line for line in printed.splitlines()) == 1  # it is told
+
+
+# ---------------------------------------------------------------- nothing lost, nothing assumed
+
+@pytest.mark.parametrize('n, times', [(2, 1), (4, 3), (6, 2), (7, 30)])
+@pytest.mark.parametrize('name', ['replace', 'fsync'])
+def test_a_write_that_fails_for_a_moment(tmp_path, monkeypatch, capsys, name, n, times):
+    """From the n-th file on, so many times: told, tried again, and all is there as if nothing had happened.
+    From the seventh on it is the last ones, which wait for the disk."""
+    words = '--lamb 0.5 --epochs 12 --snapshots 1 --spectra_every 5 --out'.split()
+    plain = run_of(*words, tmp_path / 'plain')
+    real, calls, slept = getattr(os, name), itertools.count(1), []
+
+    def fails(*of):
+        if n <= next(calls) < n + times:
+            raise PermissionError(13, 'held')
+        return real(*of)
+    monkeypatch.setattr(os, name, fails)
+    monkeypatch.setattr(data.time, 'sleep', slept.append)
+    folder = run_of(*words, tmp_path / 'hindered')
+    same_run(plain, folder)
+    names = [{file.relative_to(run) for file in run.rglob('*') if file.is_file()} for run in (plain, folder)]
+    assert names[0] == names[1] and sum(slept) < 60
+    for file in sorted(plain.glob('snapshots/*')):
+        assert all(map(torch.equal, *(data.load(run / 'snapshots' / file.name, ('model',))['model'].values()
+                                      for run in (plain, folder))))
+    assert 'note: cannot write' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('n', [1, 7])
+def test_a_write_that_keeps_failing(tmp_path, monkeypatch, fault, n):
+    """The first file, which shows whether the folder works, and the last ones: refused in one line."""
+    real, calls = os.replace, itertools.count(1)
+    monkeypatch.setattr(os, 'replace', lambda *of: os.stat('/none') if next(calls) >= n else real(*of))
+    monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
+    words = '--epochs 12 --snapshots 1 --out'.split()
+    assert 'cannot write' in fault(train, *TINY, *words, tmp_path / 'out')
+
+
+@contextlib.contextmanager
+def set_to(name, value, former):
+    """torch.set_NAME(value) for a while."""
+    getattr(torch, f'set_{name}')(value)
+    try:
+        yield
+    finally:
+        getattr(torch, f'set_{name}')(former)
+
+
+AMBIENT = dict(
+    dtype=lambda: set_to('default_dtype', torch.float64, torch.float32), no_grad=torch.no_grad,
+    inference=torch.inference_mode, autocast=lambda: torch.autocast('cpu', torch.bfloat16),
+    device=lambda: set_to('default_device', 'meta', None))
+
+
+@pytest.mark.parametrize('name', AMBIENT)
+def test_what_a_notebook_has_set_is_of_no_matter_and_given_back(folders, tmp_path, name):
+    def states():
+        return [torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'),
+                torch.get_float32_matmul_precision(), torch.get_rng_state().tolist()]
+    words = '--lamb 0.5 --epochs 6 --snapshots 1 --spectra_every 5 --out'.split()
+    plain = run_of(*words, tmp_path / 'plain')
+    logits, numbers = analyze.load_run(plain).forward()[0], analyze.load_run(plain).analysis()[0]
+    with AMBIENT[name]():
+        before = states()
+        folder = run_of(*words, tmp_path / 'set')
+        run = analyze.load_run(folder)
+        assert torch.equal(run.forward()[0], logits)
+        assert run.analysis()[0]['final'] == numbers['final']
+        plots.curves(run)
+        with pytest.raises(data.Refusal):
+            run_of(*words, folder)
+        assert states() == before
+    same_run(plain, folder)
+
+
+def test_figures_do_not_depend_on_matplotlibrc(folders):
+    def png(fig):
+        file = io.BytesIO()
+        fig.savefig(file, dpi=40)
+        return file.getvalue()
+    run = analyze.load_run(folders['nanda'])
+    plain = png(plots.embedding(run))
+    with plots.plt.style.context('dark_background'):
+        with plots.plt.rc_context({'font.size': 30, 'text.usetex': True}):
+            fig = plots.embedding(run)
+        assert png(fig) == plain
+
+
+def test_the_end_of_a_run_is_evaluated_in_slices(tmp_path, monkeypatch):
+    """By at most as many rows as an epoch has; its figures are those of all rows at once."""
+    sizes, forward = [], Transformer.forward
+
+    def watched(self, x, *of, **how):
+        sizes.append(len(x))
+        return forward(self, x, *of, **how)
+    monkeypatch.setattr(Transformer, 'forward', watched)
+    folder = run_of(*'--task a*b,a+b --train_frac 0.2 --epochs 2 --spectra_every 0 --out'.split(), tmp_path)
+    assert max(sizes) <= 2 * 48  # the validation rows of two operations
+    run = analyze.load_run(folder)
+    logits, test = run.forward()[0][run.rows[2]], run.rows[2]
+    for i, values in enumerate(zip(*task_losses(logits, run.data.y[test], run.data.classes))):
+        task = told(folder)['tasks'][i]
+        assert [task['test_loss'], task['test_acc']] == pytest.approx([v.item() for v in values], rel=1e-5)
+
+
+def test_numbers_of_three_digits_end_with_their_scores():
+    """What needs pairs is left out."""
+    d = data.make('add', 5)._replace(y=torch.arange(125)[:, None] % 9)
+    rows = dict(zip(('train', 'valid', 'test'), data.split(125, 0.5)))
+    task, = train.scores(d, 5, rows, lambda some: torch.tensor([[2.0], [len(some)]]), np.ones((3, 1)))
+    assert task['test_acc'] == 32 and 'test_acc_swapped_seen' not in task
+
+
+def test_a_changed_model_does_not_falsify_older_runs(folders, monkeypatch):
+    monkeypatch.setattr(Transformer, 'activation', staticmethod(functional.gelu))
+    with pytest.raises(data.Refusal, match='another model'):
+        analyze.load_run(folders['nanda'])
+
+
+def test_small_things_are_told(folders, tmp_path, monkeypatch, capsys, fault):
+    """Out of memory, slow bfloat16, a finished run, a run that is too young."""
+    def main(argv):
+        torch.empty(2 ** 60)
+    monkeypatch.setattr(sys, 'argv', ['x.py'])
+    with pytest.raises(SystemExit) as end:
+        data.run_script(main)
+    assert end.value.code == 2 and '--d_model' in capsys.readouterr().err
+    monkeypatch.setattr(train, 'slow_bfloat16', lambda: True)
+    folder = run_of('--precision', 'bfloat16', '--epochs', 1, '--out', tmp_path / 'x')
+    resumed(folder)
+    printed = capsys.readouterr().out
+    assert 'note: this CPU' in printed and 'is finished' in printed
+    run = analyze.load_run(folder)
+    assert len(repr(run)) < 200 and str(folder) in repr(run)
+    monkeypatch.chdir(folder)
+    assert analyze.load_run('.', 'to').to == Path('to', 'x')
 
 
 # ---------------------------------------------------------------- bad input
@@ -1505,7 +1652,7 @@ def shelf(tmp_path_factory):
 
 here = f'train {" ".join(TINY)} --epochs 3 --out {{out}}'
 FAULTS = {  # a command: what follows it | an option, a path or a number in its error, if not all that follows
-    f'{here} ': '''--p 12 | 12; --task masked --p 7 | masked; --resume | {out}; --task=-a+c | -a+c
+    f'{here} ': '''--p 12 | 12; --task masked --p 7 | masked; --resume | {out}; --task=-a+c | 'c'
         --train_frac 1 | train_frac; --train_frac nan | train_frac; --d_model 30 --n_heads 4 | 30
         --n_heads 0 | --n_heads; --dropout 1 | --dropout; --lr inf | --lr; --lam 1 | --lam; --p 499 | 499
         --preset auto | --preset; --preset tenfold --task nanda | tenfold; --device cuda:99 | cuda:99
@@ -1522,7 +1669,7 @@ FAULTS = {  # a command: what follows it | an option, a path or a number in its 
         newer; older; listed; other; no_rng; many; forgetful; no_records; viewer; source --lr 0.5 | --lr
         source --p 13 | 13; source --epochs 5 | --epochs; source --init reference | reference
         source --preset paper | paper''',
-    f'{here} --sweep ': '''97 | 96; -1 | --sweep; 2 --resume | --resume; 2 --bench 3 | --bench
+    f'{here} --sweep ': '''385 | 384; -1 | --sweep; 2 --resume | --resume; 2 --bench 3 | --bench
         1 --sweep_space lr | --lr; 2 --sweep_space lr=1e-3,fast | fast
         2 --sweep_space leraning_rate=1,2 | --leraning_rate; 2 --sweep_space lr=1,2 --lr 1 | 1
         3 --sweep_space task=a+b,a+c,a-b | a+c; 4 --sweep_space train_frac=0.3,0.4,0.5,1 | train_frac''',
@@ -1820,7 +1967,8 @@ def test_a_stopped_sweep_goes_on_and_a_setting_that_diverges_ranks_last(tmp_path
 def test_the_papers_values():
     paper = dict(
         p=113, train_frac=0.5, d_model=256, n_heads=4, epochs=65536, optimizer='adamw', lr=3e-4, alpha=0.98,
-        init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mlp=0, dropout_mask='batch',
+        init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mlp=0.1,
+        dropout_mask='batch',
         lamb=0.5, focus=0)
     nanda = dict(train_frac=0.3, d_model=128, lr=1e-3, weight_decay=1, dropout=0, dropout_mlp=0, lamb=0,
                  init='he', optimizer='adamw', decay_from=1, focus=0)
@@ -1852,10 +2000,10 @@ def numbers_of(text):
     return [float(word) for word in words if word.removeprefix('-').replace('.', '', 1).isdigit()]
 
 
-def test_bench_tells_the_time_and_saves_nothing(tmp_path, capsys):
+def test_bench_tells_the_time_and_saves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.time, 'perf_counter', itertools.count().__next__)  # five epochs take a second
     *_, line = output_of(capsys, train, *TINY, '--bench', 5, '--out', tmp_path).splitlines()
-    ms, per_second = numbers_of(line)
-    assert ms * per_second == pytest.approx(1e3, rel=2e-3) and not list(tmp_path.iterdir())
+    assert numbers_of(line) == [200, 5] and not list(tmp_path.iterdir())
 
 
 def test_a_row_of_the_table_of_runs(copied, tmp_path, monkeypatch, fault):

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from datetime import timedelta
@@ -29,7 +30,7 @@ import torch
 import analyze
 import data
 from data import Refusal, need, refuse, say
-from model import BLOCK, Muon, captured, fast_cpu, network, task_losses
+from model import BLOCK, Muon, captured, example_logits, fast_cpu, network, slow_bfloat16, task_losses
 
 # ---------------------------------------------------------------- options, by default the fast recipe
 
@@ -50,7 +51,7 @@ option('n_heads', 4, 'attention heads; must divide d_model')
 option('init', 'small', 'initial scale: he = the text of the paper, small = .3 of that, reference = its code',
        'he', 'small', 'reference')
 option('dropout', 0.05, 'share of the residual stream dropped after attention')
-option('dropout_mlp', 0.2, 'and after the MLP; 0 = the same')
+option('dropout_mlp', 0.2, 'and after the MLP')
 option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
 option('init_from', '', 'start from the weights of another run folder, or W_E from a .npy or .pt file')
 option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
@@ -69,16 +70,19 @@ option('precision', 'tf32', 'of matrix products; tf32 is float32 on a CPU', 'flo
 option('spectra_every', 100, 'epochs between spectra of all neurons; 0 = never (add has none)')
 option('snapshots', 2, 'weight snapshots per doubling of the epoch; 0 = none')
 option('preset', 'fast', 'recipe, see below; other options win over it', 'fast', 'paper', 'tenfold')
-option('device', 'auto', 'auto, cpu, cuda or cuda:N')
-option('compile', 'auto', 'torch.compile; auto = on CUDA from 50,000 epochs. Only off: no CUDA graph, either',
+option('device', 'auto', 'auto, cpu, cuda or cuda:N; a Mac trains on its CPU')
+option('compile', 'auto', 'torch.compile; auto = on CUDA from 50,000 epochs; off: no CUDA graph, either',
        'auto', 'on', 'off')
 option('out', '', 'run folder; out/TASK if not given')
 option('resume', False, 'go on with the run in the folder; its own options hold')
 option('bench', 0, 'time so many epochs instead, and save nothing')
 option('sweep', 0, 'train so many settings drawn from a grid by --seed, a folder each, and rank them')
-option('sweep_space', 'dropout=0,0.5,0.2,0.1 lamb=0,0.5,2 weight_decay=0,0.1,0.5,1 d_model=128,256 '
-                      'lr=3e-4,1e-4 n_heads=4,8', 'grid of the sweep; an option that you set is not varied')
+option('sweep_space', 'dropout=0,0.5,0.2,0.1 dropout_mlp=0,0.5,0.2,0.1 lamb=0,0.5,2 '
+                      'weight_decay=0,0.1,0.5,1 d_model=128,256 lr=3e-4,1e-4 n_heads=4,8',
+       'grid of the sweep; an option that you set is not varied')
 
+GROUPS = dict(task='what is learned', d_model='the network', optimizer='a step', epochs='a run',
+              preset='recipe', device='how')  # each begins at this option
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1, focus=4,
@@ -89,7 +93,7 @@ PRESETS['fast nanda'] = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.
 PRESETS['fast formula'] = dict(p=97, train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000)
 PRESETS['fast add'] = dict(p=261, train_frac=0.1, d_model=128, lr=1e-2, muon_decay=0.3, epochs=600)
 PRESETS['paper miiii'] = dict(
-    init='reference', dropout=0.1, dropout_mlp=0.0, dropout_mask='batch', optimizer='adamw', lr=3e-4,
+    init='reference', dropout=0.1, dropout_mlp=0.1, dropout_mask='batch', optimizer='adamw', lr=3e-4,
     weight_decay=1 / 3, decay_from=1.0, focus=0.0, lamb=0.5, epochs=65536, spectra_every=256)
 PRESETS['paper nanda'] = dict(
     train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
@@ -101,7 +105,7 @@ PRESETS['paper add'] = dict(
     p=261, train_frac=0.3, d_model=128, init='he', dropout=0.0, dropout_mlp=0.0, optimizer='adamw', lr=1e-3,
     weight_decay=1.0, decay_from=1.0, focus=0.0, epochs=25000)
 PRESETS['tenfold miiii'] = dict(  # ten times the lr * weight_decay of the paper
-    init='reference', dropout=0.1, dropout_mlp=0.0, optimizer='adamw', lr=1e-3, weight_decay=1.0,
+    init='reference', dropout=0.1, dropout_mlp=0.1, optimizer='adamw', lr=1e-3, weight_decay=1.0,
     decay_from=0.7, focus=0.0, lamb=0.5, epochs=10000, spectra_every=256)
 
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
@@ -127,15 +131,21 @@ def flags(options):
 
 def parse(argv):
     """Command line -> all options: defaults < preset < given. A resumed run keeps its own. Raises Refusal."""
-    about = ['presets change:', *(f'  {name}: {flags(options)}' for name, options in PRESETS.items())]
-    parser = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
+    about = ['presets change:']
+    for name, options in PRESETS.items():
+        rounded = {key: f'{v:g}' if isinstance(v, float) else v for key, v in options.items()}
+        about += textwrap.wrap(f'  {name}: {flags(rounded)}', 100, subsequent_indent='    ',
+                               break_on_hyphens=False)
+    parser = group = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # in one line
     for name, (default, text, choices) in OPTIONS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         of_value = dict(type=type(default), choices=choices or None)
         kind = dict(action='store_true') if default is False else of_value
-        parser.add_argument(f'--{name}', help=f'{text} (default: {default})', **kind)
+        group.add_argument(f'--{name}', help=f'{text} (default: {default})', **kind)
     given = vars(parser.parse_args(argv))
     o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
     o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
@@ -167,15 +177,18 @@ def parse(argv):
 def usable(device):
     """The card that a name stands for: the first one that can do a sum; with auto also the CPU."""
     cards = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-    for name in dict(auto=[*cards, 'cpu'], cuda=cards).get(device, {device} & {*cards, 'cpu'}):
+    choice = dict(auto=[*cards, 'cpu'], cuda=cards).get(device, [device])
+    for name in choice:
+        need(name in (*cards, 'cpu'), f'there is no device {name}, but {", ".join([*cards, "cpu"])}')
         try:
             torch.ones(2, device=name).sum().item()
             return name
         except RuntimeError as e:  # too old a driver, or no kernels for this card in this torch
             say(f'note: {name} cannot be used ({data.brief(e)})')
-    refuse(f'device {device} is not available, here is {", ".join([*cards, "cpu"])}')
+    refuse(f'device {device} is not available')
 
 
+@data.plain_torch()
 def train(o):
     """One run from the data to the final table, as train(parse(['--task', 'nanda'])). -> its folder.
     Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
@@ -192,8 +205,7 @@ def train(o):
     # data: train, validation and test are one batch each, tokens and targets
     d = data.make(o.task, o.p, o.data_seed, o.device)
     rows = dict(zip(('train', 'valid', 'test'), data.split(len(d.y), o.train_frac, o.data_seed)))
-    batches = {name: d.batch(some.to(o.device)) for name, some in rows.items()}
-    (x_train, y_train), (x_valid, y_valid), _ = batches.values()
+    (x_train, y_train), (x_valid, y_valid) = (d.batch(rows[name].to(o.device)) for name in ('train', 'valid'))
     ln_q = torch.tensor(d.classes, device=o.device).log()
     task_weight = d.in_loss / d.in_loss.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
 
@@ -209,7 +221,7 @@ def train(o):
         try:
             net = torch.compile(model, dynamic=False)
             with torch.no_grad(), bfloat16:
-                net(x_valid)  # the first use compiles: what is missing here shows
+                net(x_valid)  # the first use compiles: no compiler, Python.h or Triton shows here
         except Exception as e:
             need(o.compile == 'auto', f'torch.compile fails here, leave out --compile on ({data.brief(e)})')
             say(f'note: torch.compile fails here, so this run does without ({data.brief(e)})')
@@ -223,7 +235,7 @@ def train(o):
     if by_muon:
         optimizers.append(Muon(by_muon.values(), torch.tensor(o.muon_lr, device=o.device), o.muon_decay))
     memory = [torch.zeros_like(w) for w in params] if o.lamb else []  # of the gradient filter
-    rates = o.dropout, o.dropout_mlp or o.dropout
+    rates = o.dropout, o.dropout_mlp
 
     def dropout_masks():
         if not any(rates):
@@ -235,6 +247,17 @@ def train(o):
         with bfloat16:
             logits = net(x, drop).reshape(len(y), -1)
         return task_losses(logits, y, d.classes)
+
+    @torch.no_grad()
+    def final(some):
+        """Losses and accuracies on any rows, in slices: it needs no more memory than an epoch."""
+        total = 0
+        for part in some.to(o.device).split(len(y_train)):
+            x, y = d.batch(part)
+            with bfloat16:
+                logits = model(x).reshape(len(y), -1)
+            total = total + len(part) * torch.stack(task_losses(logits, y, d.classes)).double()
+        return total / len(some)
 
     def step():
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
@@ -263,13 +286,16 @@ def train(o):
     history = {name: torch.zeros(o.epochs, len(labels), device=o.device) for name, labels in columns.items()}
     spectra = {}
     if o.spectra_every and d.stride:
+        need(len(d.y) == o.p ** 2, 'spectra are of all pairs of digits; --spectra_every 0 does without')
         solver = [matrix.to(o.device) for matrix in analyze.wave_solver(o.p, d.classes, d.stride)]
         one = analyze.spectra_of(model, d, solver, bfloat16)  # of the start, for their lengths
         n_spectra = math.ceil(o.epochs / o.spectra_every)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0  # what a step changes, save and restore must name
 
-    def save():
+    late = {}  # files that could not be written for a moment
+
+    def save(late=late):
         """First metrics.npz, then ckpt.pt: if killed in between, there are records up to the checkpoint."""
         records = dict(epoch=np.arange(epoch), tasks=np.array(d.names), grad_norm_names=np.array(list(named)))
         records |= {name: v[:epoch].cpu().numpy() for name, v in history.items()}
@@ -278,11 +304,12 @@ def train(o):
             records |= dict(spectra_epoch=at, freqs=analyze.wave_freqs(d.classes).numpy())
             records |= {name: v[:len(at)].cpu().numpy() for name, v in spectra.items()}
         if epoch:
-            data.write(out / 'metrics.npz', lambda f: np.savez(f, **records))
+            data.write(out / 'metrics.npz', lambda f: np.savez(f, **records), late)
         rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(o.device) if cuda else None)
         ckpt = dict(model=model.state_dict(), optimizer=[x.state_dict() for x in optimizers], step=epoch,
-                    filter=dict(zip(named, memory)), rng=rng, config=vars(o), versions=VERSIONS, wall_s=wall)
-        data.write(out / 'ckpt.pt', lambda f: torch.save(ckpt, f))
+                    filter=dict(zip(named, memory)), rng=rng, config=vars(o), versions=VERSIONS, wall_s=wall,
+                    example=example_logits(model, d))
+        data.write(out / 'ckpt.pt', lambda f: torch.save(ckpt, f), late)
 
     def restore():
         nonlocal epoch, wall
@@ -317,6 +344,8 @@ def train(o):
     n_params = sum(w.numel() for w in model.parameters())
     say(f'{o.task}, p = {o.p}: {len(d.classes)} tasks, {counts} rows, {n_params:,} parameters')
     options = flags(dict(preset=o.preset) | changes(o))
+    if o.precision == 'bfloat16' and not cuda and slow_bfloat16():
+        say('note: this CPU has no products in bfloat16; float32 is several times faster here')
     say(f'options: {options}\non {device}, torch {torch.__version__}')
     if o.bench:
         return bench(step, o.bench)
@@ -327,8 +356,10 @@ def train(o):
         need(o.resume or not used, f'{out} holds a run; go on with it by --resume, or choose another --out')
         if o.resume:
             restore()
+            if epoch == o.epochs:
+                say(f'{out} is finished; --epochs N, more than {epoch:,}, goes on with it')
         else:
-            save()  # a full or read-only disk shows itself before any work is done
+            save(None)  # a full or read-only disk shows itself before any work is done
         with torch.no_grad():  # a yardstick for the eye, before any step
             start_loss = (evaluate(x_valid, y_valid)[0] / ln_q).mean()
         say(f'loss / ln q before epoch {epoch + 1:,}: {start_loss:.3f} (uniform guessing 1.0)')
@@ -343,7 +374,7 @@ def train(o):
                     optimizer.param_groups[0]['lr'].fill_(lr * min(1, remaining))
             if snapshot_due(epoch, o.snapshots):
                 snapshot = dict(model=model.state_dict(), step=epoch)
-                data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f))
+                data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f), late)
             if spectra and epoch % o.spectra_every == 0:
                 for name, row in analyze.spectra_of(model, d, solver, bfloat16).items():
                     spectra[name][epoch // o.spectra_every] = row
@@ -376,16 +407,16 @@ def train(o):
                 saved = time.perf_counter()
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
-            with torch.no_grad(), bfloat16:
-                logits = {name: model(x).reshape(len(y), -1).float() for name, (x, y) in batches.items()}
-            tasks = scores(d, batches, logits, history['valid_acc'].cpu().numpy())
+            tasks = scores(d, o.p, rows, final, history['valid_acc'].cpu().numpy())
             weight = task_weight.tolist()
-            objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in batches}
+            objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in rows}
             summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
                            device=device, versions=VERSIONS, commit=commit, options=options, config=vars(o))
-            data.write(out / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+            text = json.dumps(summary, indent=1).encode()
+            data.write(out / 'summary.json', lambda f: f.write(text), late)
             say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
+        data.settle(late)
         if stop:
             how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
             again = shlex.join([sys.executable, os.path.abspath(__file__), *how])
@@ -479,31 +510,30 @@ def grok_epochs(acc, final):
     return int(up.argmax()) if up.any() else None, int(held) if held < len(up) else None
 
 
-def scores(d, batches, logits, valid_acc):
+def scores(d, p, rows, measure, valid_acc):
     """What every task came to at the end of a run: a list of dicts.
 
-    batches {name: (tokens, targets (N, Q))} and logits {name: (N, columns)} of train, valid and test;
+    rows {name: row numbers} of train, valid and test; measure(some rows) -> losses and accuracies (2, Q);
     valid_acc (E, Q) by epoch, for the epochs of .99. Where a and b may be swapped, also the accuracy on test
     rows whose swapped pair was trained on, and on the others; None where there are no such rows.
     """
-    p = round(len(d.y) ** 0.5)
-    x0, x1 = ({name: x[::d.n_ops, digit] for name, (x, _) in batches.items()} for digit in (0, 1))
-    is_seen = torch.isin(x1['test'] + p * x0['test'], x0['train'] + p * x1['train'])
-    measured = {name: (logits[name], y) for name, (_, y) in batches.items()}
-    for name, rows in dict(test_swapped_seen=is_seen, test_swapped_unseen=~is_seen).items():
-        measured[name] = logits['test'][rows], batches['test'][1][rows]
-    measured = {name: task_losses(z, y, d.classes) if len(y) else None for name, (z, y) in measured.items()}
+    sets, symmetric = dict(rows), [False] * len(d.names)
+    if len(d.y) == p ** 2:  # pairs of digits
+        swapped = torch.arange(p ** 2).view(p, p).T.flatten()
+        symmetric = [torch.equal(y, y[swapped]) for y in d.y.T.cpu()]
+        seen = torch.isin(swapped[rows['test']], rows['train'])
+        sets |= dict(test_swapped_seen=rows['test'][seen], test_swapped_unseen=rows['test'][~seen])
+    measured = {name: measure(some) if len(some) else None for name, some in sets.items()}
     tasks = []
     for i, (name, q) in enumerate(zip(d.names, d.classes)):
         task = dict(name=name, classes=q)
-        for of in batches:
-            task |= {f'{of}_loss': measured[of][0][i].item(), f'{of}_acc': measured[of][1][i].item()}
+        for of in rows:
+            task[f'{of}_loss'], task[f'{of}_acc'] = measured[of][:, i].tolist()
         task['grok_epoch'], task['grok_epoch_sustained'] = grok_epochs(valid_acc[:, i], task['valid_acc'])
-        targets = d.y[:, i].view(p, p)
-        if torch.equal(targets, targets.T):
+        if symmetric[i]:
             for of in ('seen', 'unseen'):
                 found = measured[f'test_swapped_{of}']
-                task[f'test_acc_swapped_{of}'] = found[1][i].item() if found else None
+                task[f'test_acc_swapped_{of}'] = None if found is None else found[1, i].item()
         tasks.append(task)
     return tasks
 
@@ -543,6 +573,7 @@ def sweep(o, argv):
     given, axes = {word.split('=')[0] for word in argv}, {}
     for axis in o.sweep_space.split():
         name, _, values = axis.partition('=')
+        need(name in DEFAULTS.keys() - HOW, f'--sweep_space: there is no option --{name}')
         if f'--{name}' not in given:
             axes[name] = values.split(',')
     settings = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
