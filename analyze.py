@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -354,8 +355,9 @@ def load_run(path, to=None):
         refuse(f'{path} holds what does not belong together: {" ".join(str(e).split())[:150]}')
     need(len(d.y) == o['p'] ** 2, f'{path}: what follows is for all pairs of two digits')
     if 'example' in ckpt:
-        off = (example_logits(net, d) - ckpt['example']).norm() / ckpt['example'].norm()
-        need(off < 0.1, f'{path} was made by another model: here its logits differ by {off:.0%}')
+        was = ckpt['example'].float()
+        off = ((example_logits(net, d) - was).norm() / was.norm()).item()
+        need(off < 0.005, f'{path} was made by another model: here its logits differ by {off:.1%}')
     if epoch and not records:
         notes.append(f'{path} has no metrics.npz: no curves')
     if not snapshots and not shipped:
@@ -852,6 +854,9 @@ def over_snapshots(run, solver, key):
 
 def take_apart(run):
     """All there is to say of a run: numbers, arrays; written into the folder run.to."""
+    with contextlib.suppress(OSError):
+        run.to.mkdir(parents=True, exist_ok=True)
+    need(os.access(run.to, os.W_OK), f'cannot write into {run.to}; --to FOLDER writes elsewhere')
     fast_cpu()
     d, solver = run.data, None
     try:

@@ -215,8 +215,11 @@ def load_matrix(path):
 
 def claim(out):
     """Hold a folder until the file returned is closed or the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / 'lock', 'w')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / 'lock', 'w')
+    except OSError as e:
+        refuse(f'cannot write into {out}: {e.strerror}')
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -641,7 +641,8 @@ def draw_file(file, draw, *args):
     try:
         fig = draw(*args)
     except KeyError as e:
-        say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}')
+        young = '; a run saves every 30 seconds' if any(run.epoch == 0 for run in args) else ''
+        say(f'note: {file.name} not drawn: no {e} in {" or ".join(str(run.path) for run in args)}{young}')
         return False
     for kind in ('svg', 'png'):
         with our_style():

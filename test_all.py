@@ -594,7 +594,8 @@ def gpu(monkeypatch):
     for name, value in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     for place, name, value in ((torch.cuda, 'CUDAGraph', lambda: SimpleNamespace(reset=int)),
-                               (torch.cuda, 'graph', gpu.capture), (torch.cuda, 'default_generators', [gpu.generator]),
+                               (torch.cuda, 'graph', gpu.capture),
+                               (torch.cuda, 'default_generators', [gpu.generator]),
                                (torch.accelerator, 'current_accelerator', lambda **_: torch.device('cuda')),
                                (torch.accelerator, 'current_stream', lambda *_: stream),
                                (torch, 'compile', lambda module, dynamic: lambda *args: module(*args))):
@@ -1572,9 +1573,10 @@ def test_numbers_of_three_digits_end_with_their_scores():
 
 
 def test_a_changed_model_does_not_falsify_older_runs(folders, monkeypatch):
-    monkeypatch.setattr(Transformer, 'activation', staticmethod(functional.gelu))
-    with pytest.raises(data.Refusal, match='another model'):
-        analyze.load_run(folders['nanda'])
+    monkeypatch.setattr(Transformer, 'activation', staticmethod(functional.leaky_relu))
+    for path in (folders['nanda'], HERE / 'assets/paper'):
+        with pytest.raises(data.Refusal, match='another model'):
+            analyze.load_run(path)
 
 
 def test_small_things_are_told(folders, tmp_path, monkeypatch, capsys, fault):

@@ -415,7 +415,8 @@ def train(o):
             text = json.dumps(summary, indent=1).encode()
             data.write(out / 'summary.json', lambda f: f.write(text), late)
             say(score_table(tasks))
-            say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}')
+            say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}\n'
+                'the table is without dropout; "train" in the lines before it is with dropout')
         data.settle(late)
         if stop:
             how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
