@@ -1488,7 +1488,7 @@ def test_a_write_that_fails_for_a_moment(tmp_path, monkeypatch, capsys, name, n,
 
 @pytest.mark.parametrize('n', [1, 7])
 def test_a_write_that_keeps_failing(tmp_path, monkeypatch, fault, n):
-    """The first file, which shows whether the folder works, and the last ones: refused, nothing half written."""
+    """The first file, which shows whether the folder works, or the last ones: refused, and none is half."""
     real, calls, full = os.fsync, itertools.count(1), os.open('/dev/full', os.O_WRONLY)
     monkeypatch.setattr(os, 'fsync', lambda f: os.write(full, b'1') if next(calls) >= n else real(f))
     monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
