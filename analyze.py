@@ -26,7 +26,7 @@ import torch
 
 import data
 from data import aligned, load, load_matrix, need, refuse, say, show, write
-from model import example_logits, fast_cpu, network, task_losses
+from model import example_logits, network, plain_torch, task_losses
 
 
 # ---------------------------------------------------------------- Fourier over the rows of a matrix
@@ -279,7 +279,7 @@ class Run(SimpleNamespace):
     def __repr__(self):
         return f'Run({str(self.path)!r}: {self.config["task"]}, p = {self.p}, epoch {self.epoch:,})'
 
-    @data.plain_torch()
+    @plain_torch()
     def forward(self, weights=None):
         """Logits (p^2, columns of all tasks) over all inputs, and the activations of the last block (see
         Transformer.forward). Of the final weights, unless others are given."""
@@ -287,7 +287,7 @@ class Run(SimpleNamespace):
         self.net.load_state_dict(weights or self.weights)
         return self.net(self.data.x, acts=acts).reshape(len(self.data.y), -1), acts
 
-    @data.plain_torch()
+    @plain_torch()
     def analysis(self):
         """numbers, arrays: those in the folder if newer than the run and this file, else made now, which may
         take minutes, and written there."""
@@ -322,7 +322,7 @@ def arrays_in(path):
         refuse(f'{path} is damaged ({type(e).__name__})')
 
 
-@data.plain_torch()
+@plain_torch()
 def load_run(path, to=None):
     """Open a run folder, as run = load_run('assets/nanda'). Its analysis and figures go into it, or into the
     folder to/NAME-OF-RUN. Raises Refusal if anything in it is damaged, or was made by another model."""
@@ -365,7 +365,7 @@ def load_run(path, to=None):
     if o.get('init_from') and 0 not in snapshots:
         notes.append(f'{path} lacks the weights it began with: its null is from before they were copied')
     weights = {name: w.float() for name, w in ckpt['model'].items()}  # shipped runs have them in float16
-    name = path.resolve().name
+    name = Path(os.path.abspath(path)).name  # of '.', too
     return Run(path=path, name=name, config=o, epoch=epoch, p=o['p'], data=d, rows=rows, net=net,
                weights=weights, initial=snapshots.get(0, start), snapshots=snapshots, records=records,
                shipped=shipped, notes=notes, to=Path(to, name) if to else path, known=None)
@@ -857,7 +857,6 @@ def take_apart(run):
     with contextlib.suppress(OSError):
         run.to.mkdir(parents=True, exist_ok=True)
     need(os.access(run.to, os.W_OK), f'cannot write into {run.to}; --to FOLDER writes elsewhere')
-    fast_cpu()
     d, solver = run.data, None
     try:
         if d.stride:

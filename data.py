@@ -83,8 +83,8 @@ def polynomial(formula, a, b, p):
     """Values mod p of a polynomial in a and b, tensors of whole numbers below p: + - * ^ (or **), numbers,
     parentheses. Python reads the formula but does not run it; each step is reduced mod p: no overflow."""
     what = f'{formula[:200]!r} is no formula in a and b'
-    foreign = re.search('[^ab0-9+*^() -]|0b', formula)
-    need(not foreign, f'{what}: {foreign and foreign.group()!r}; other tasks are {", ".join(TASKS)}')
+    if foreign := re.search('[^ab0-9+*^() -]|0b', formula):
+        refuse(f'{what}: {foreign.group()!r}; other tasks are {", ".join(TASKS)}')
     need(0 < len(formula) <= 200, f'{what} of 1 to 200 characters')
     text = formula.strip().replace('^', '**')
 
@@ -143,20 +143,25 @@ def brief(error):
 
 def write(path, fill, late=None):
     """A file, whole or not at all, of what fill(buffer) puts into a buffer. Raises Refusal; but given a dict
-    `late`, for files that cannot be written at the moment, it goes there with a note."""
+    `late`, of files whose writing has failed so far, it goes there with a note."""
     buffer, files = io.BytesIO(), {} if late is None else late
     fill(buffer)
+    files.pop(Path(path), None)
     files[Path(path)] = buffer
     try:
         flush(files)
     except Refusal as e:
         need(late is not None, e)
-        say(f'note: {e}; it is tried again at the next save')
+        say(f'note: {e}; it is tried again')
 
 
 def flush(files):
-    """Write {path: buffer} one by one, in order: beside, synced, renamed. What is written leaves the dict."""
+    """Write {path: buffer}, each beside, synced, renamed. What is written leaves the dict; then Refusal, if
+    anything is left. A checkpoint waits for its records."""
+    problem = ''
     for path, buffer in list(files.items()):
+        if path.name == 'ckpt.pt' and path.with_name('metrics.npz') in files:
+            continue
         beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,19 +170,22 @@ def flush(files):
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(beside, path)
+            del files[path]
         except OSError as e:
-            refuse(f'cannot write {path}: {e.strerror}; nothing saved before is lost')
+            problem = f'cannot write {path}: {e.strerror}; nothing saved before is lost'
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
-        del files[path]
+    need(not files, problem)
 
 
 def settle(late):
     """Write what is late, for a minute again and again. Raises Refusal."""
-    for _ in range(60):
+    for second in range(60 if late else 0):
         with contextlib.suppress(Refusal):
             return flush(late)
+        if second == 0:
+            say(f'waiting up to a minute for {", ".join(map(str, late))}')
         time.sleep(1)
     flush(late)
 
@@ -253,25 +261,6 @@ def show(value):
     if isinstance(value, float):
         return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
     return '-' if value is None else f'{value:,}' if isinstance(value, int) else value
-
-
-@contextlib.contextmanager
-def plain_torch():
-    """torch as in a new process, whatever a notebook has set: float32 on the CPU by default, gradients, no
-    autocast. At the end all is as it was, also random numbers and the precision of products."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    precision = torch.get_float32_matmul_precision()
-    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast('cpu', enabled=False),
-          torch.autocast('cuda', enabled=False), torch.random.fork_rng(cards)):
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_default_device(None if device.type == 'cpu' else device)
-            torch.set_float32_matmul_precision(precision)
 
 
 def keep_buffers():

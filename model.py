@@ -8,6 +8,7 @@ read at the last position (Syrkis & Søgaard 2024, eq. 7 to 11):
 
 N rows, T = 3 tokens, O operations, V = p + O, D width, H heads, K = D/H, F = 4D neurons, Q tasks, C classes.
 """
+import contextlib
 import functools
 import math
 import platform
@@ -119,7 +120,7 @@ def network(o, d):
 @torch.no_grad()
 def example_logits(net, d):
     """Logits of some inputs. A checkpoint keeps them, to tell whether the code is still the same function."""
-    return net(d.x[::max(1, len(d.x) // 8)]).float().cpu()
+    return net(d.x[::len(d.x) // 8 | 1]).float().cpu()
 
 
 def task_losses(logits, y, classes):
@@ -166,6 +167,7 @@ class TaskLosses(torch.autograd.Function):
 
 
 @functools.cache
+@torch.inference_mode(False)
 def layout(classes, device):
     """Tasks side by side: the first column of each (Q, 1), the task of each column (C,). Made once, as in a
     capture nothing can come from the host."""
@@ -213,12 +215,33 @@ def orthogonalize(X):
     return X
 
 
-def fast_cpu():
-    """Products faster on a CPU, with the same results up to rounding."""
-    torch.set_float32_matmul_precision('medium')  # float32 by oneDNN instead of MKL ...
+@functools.cache
+def fast_products():
+    """The precision at which products of float32 are fastest on a CPU without being less than float32."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('medium')  # by oneDNN instead of MKL ...
     a = torch.linspace(-1, 1, 2 ** 16).sin().view(256, 256)
-    if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision('highest')  # ... unless it would round them to bfloat16
+    rounds = ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3  # ... or in bfloat16
+    torch.set_float32_matmul_precision(former)
+    return 'highest' if rounds else 'medium'
+
+
+@contextlib.contextmanager
+def plain_torch():
+    """torch as this program expects it, whatever a notebook has set: float32 on the CPU by default, with
+    gradients, no autocast, fast products. At the end these are as before, and random numbers go on as before."""
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    by_default = torch.device('cpu') if torch.get_default_device().type != 'cpu' else contextlib.nullcontext()
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with (torch.inference_mode(False), torch.autocast('cpu', enabled=False), torch.random.fork_rng(cards),
+          torch.autocast('cuda', enabled=False), by_default):
+        try:
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision(fast_products())
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
 
 
 def slow_bfloat16():

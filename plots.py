@@ -26,6 +26,7 @@ from matplotlib.colors import LogNorm, PowerNorm
 import analyze
 import data
 from data import need, refuse, say, write
+from model import plain_torch
 
 CORNER = 37  # of a large grid only the top left corner is drawn square by square, as in the paper
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#999999'  # told apart by all eyes and in print
@@ -45,12 +46,11 @@ def figure(takes):
     def register(draw):
         @functools.wraps(draw)
         def drawn(*runs):
-            with data.plain_torch(), our_style():
+            with plain_torch(), our_style():
                 fig = draw(*runs)
                 of = [f'{name_of(run)}, p = {run.p}, epoch {run.epoch:,}. ' for run in runs if takes == 'one']
                 text = ' '.join((draw.__doc__ or draw.__name__).split()).removesuffix('.')
                 fig.suptitle(textwrap.fill(f'{"".join(of)}{text}'.replace('$', r'\$'), 104))
-                fig.draw_without_rendering()  # makes what a notebook would make later, in its own style
                 return fig
         FIGURES[draw.__name__] = drawn, takes
         return drawn
@@ -659,9 +659,9 @@ def main(argv):
     option = parser.add_argument
     option('runs', nargs='*', metavar='RUN', help='run folder written by train.py')
     option('--only', metavar='NAME', choices=FIGURES, help='one figure: ' + ', '.join(FIGURES))
-    option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, and what is of no run into FOLDER')
+    option('--to', metavar='FOLDER', help='write into FOLDER/NAME-OF-RUN, what is of no run into FOLDER')
     option('--data', action='store_true', help='the figures that need no run')
-    option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt, in out/figures')
+    option('--embedding', metavar='FILE', help='the spectrum of a matrix, .npy or .pt')
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
     runs = [analyze.load_run(path, args.to) for path in args.runs]

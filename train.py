@@ -30,7 +30,8 @@ import torch
 import analyze
 import data
 from data import Refusal, need, refuse, say
-from model import BLOCK, Muon, captured, example_logits, fast_cpu, network, slow_bfloat16, task_losses
+from model import (BLOCK, Muon, captured, example_logits, network, plain_torch, slow_bfloat16,
+                   task_losses)
 
 # ---------------------------------------------------------------- options, by default the fast recipe
 
@@ -155,7 +156,7 @@ def parse(argv):
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
         own = ckpt['config']
-        same = isinstance(own, dict) and own.keys() == OPTIONS.keys()
+        same = isinstance(own, dict) and own.keys() == OPTIONS.keys() and 'example' in ckpt
         need(same, f'cannot resume {o.out}: its options are not those of this version')
         o = argparse.Namespace(**own | {name: getattr(o, name) for name in HOW})
         o.epochs = max(o.epochs, given.get('epochs', 0))
@@ -188,7 +189,7 @@ def usable(device):
     refuse(f'device {device} is not available')
 
 
-@data.plain_torch()
+@plain_torch()
 def train(o):
     """One run from the data to the final table, as train(parse(['--task', 'nanda'])). -> its folder.
     Raises Refusal, and KeyboardInterrupt or SystemExit when a signal has stopped it and all is saved."""
@@ -198,8 +199,6 @@ def train(o):
     if cuda:
         torch.cuda.set_device(o.device)
         torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')
-    else:
-        fast_cpu()
     bfloat16 = torch.autocast('cuda' if cuda else 'cpu', torch.bfloat16, enabled=o.precision == 'bfloat16')
 
     # data: train, validation and test are one batch each, tokens and targets
@@ -249,15 +248,15 @@ def train(o):
         return task_losses(logits, y, d.classes)
 
     @torch.no_grad()
-    def final(some):
+    def final(some_rows):
         """Losses and accuracies on any rows, in slices: it needs no more memory than an epoch."""
         total = 0
-        for part in some.to(o.device).split(len(y_train)):
+        for part in some_rows.to(o.device).split(len(y_train)):
             x, y = d.batch(part)
             with bfloat16:
                 logits = model(x).reshape(len(y), -1)
             total = total + len(part) * torch.stack(task_losses(logits, y, d.classes)).double()
-        return total / len(some)
+        return total / len(some_rows)
 
     def step():
         """One epoch. Its record belongs to the weights before the update; validation is without dropout."""
@@ -293,9 +292,9 @@ def train(o):
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0  # what a step changes, save and restore must name
 
-    late = {}  # files that could not be written for a moment
+    late = {}  # files whose writing has failed so far
 
-    def save(late=late):
+    def save(late):
         """First metrics.npz, then ckpt.pt: if killed in between, there are records up to the checkpoint."""
         records = dict(epoch=np.arange(epoch), tasks=np.array(d.names), grad_norm_names=np.array(list(named)))
         records |= {name: v[:epoch].cpu().numpy() for name, v in history.items()}
@@ -403,7 +402,7 @@ def train(o):
                 line = '\r\033[K' + line[:shutil.get_terminal_size().columns - 1]
             say(line, end='' if one_line and not last else '\n')
             if last or now - saved > 30:
-                save()
+                save(late)
                 saved = time.perf_counter()
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
@@ -414,9 +413,10 @@ def train(o):
                            device=device, versions=VERSIONS, commit=commit, options=options, config=vars(o))
             text = json.dumps(summary, indent=1).encode()
             data.write(out / 'summary.json', lambda f: f.write(text), late)
+            data.settle(late)
             say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}\n'
-                'the table is without dropout; "train" in the lines before it is with dropout')
+                'the table is without dropout; the train accuracy of the progress lines is with it')
         data.settle(late)
         if stop:
             how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
