@@ -172,7 +172,7 @@ def flush(files):
             os.replace(beside, path)
             del files[path]
         except OSError as e:
-            problem = f'cannot write {path}: {e.strerror}; nothing saved before is lost'
+            problem = f'cannot write {path}: {e.strerror}'
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)

@@ -229,7 +229,7 @@ def fast_products():
 @contextlib.contextmanager
 def plain_torch():
     """torch as this program expects it, whatever a notebook has set: float32 on the CPU by default, with
-    gradients, no autocast, fast products. At the end these are as before, and random numbers go on as before."""
+    gradients, no autocast, fast products. At the end these are as before, and so are random numbers."""
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     by_default = torch.device('cpu') if torch.get_default_device().type != 'cpu' else contextlib.nullcontext()
     cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []

@@ -356,7 +356,7 @@ def train(o):
         if o.resume:
             restore()
             if epoch == o.epochs:
-                say(f'{out} is finished; --epochs N, more than {epoch:,}, goes on with it')
+                say(f'{out} is finished; --epochs N goes on with it, at the rates of a run of N epochs')
         else:
             save(None)  # a full or read-only disk shows itself before any work is done
         with torch.no_grad():  # a yardstick for the eye, before any step
