@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 import data
 from data import aligned, load, load_matrix, need, refuse, say, show, write
@@ -439,7 +440,9 @@ def neurons(m):
     k_share, k_best = best_frequency(dft, total)
     k_share = k_share * alive
     own = inter.clamp(min=1e-30)
-    wave_share, wave_best = (single_waves(power['products'], m.p, m.solver) / own).max(0)
+    shares = single_waves(power['products'], m.p, m.solver) / own                        # B F
+    wave_share, wave_best = shares.max(0)
+    second = shares.masked_fill(freqs[:, :1] == freqs[wave_best, 0], 0).amax(0)  # of another q
     pure = wave_share > 0.5
     purest = (wave_share * (freqs[wave_best, 0] > 3)).argmax()  # modulo 2 and 3 a wave is no picture
     shown = torch.stack([*torch.arange(3), purest])
@@ -448,6 +451,7 @@ def neurons(m):
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
+    out['neurons with more than half in waves of two q'] = (~pure & (wave_share + second > 0.5)).sum().item()
     arrays = dict(neuron_ids=shown, neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best],
                   neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
     arrays |= dict(spectrum=dft.mean((1, 2)), wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
@@ -724,6 +728,9 @@ def circuits(m, of_neurons, draws=20):
     found['primes'] = torch.tensor(right)
     found['primes told from other numbers'] = right[0]
     found['the same by always saying "no prime"'] = (y == 0).any(1).float().mean().item()
+    nobodys = owner == 0
+    found['neurons without a group'] = nobodys.sum().item()
+    found['all tasks without them'] = accuracies(cut([nobodys]), y, d.classes).mean().item()
     learned = whole >= LEARNED
     found['tasks learned'] = learned.sum().item()
     if learned.sum() < 2:
@@ -791,6 +798,143 @@ def surgery(run, names, keep=False):
             f'accuracy on {len(rows):,} numbers never seen\n{aligned(lines)}')
 
 
+# ---------------------------------------------------------------- letters of waves, waves in place of neurons
+
+def letters(freqs, p):
+    """A wave cos(2 pi k n / q) of n = x0 + p x1 makes k / q turns per step of x0 and p k / q per step of x1,
+    so W_E has to hold both. These are its letters: turns over the p digits, folded to 0 .. p / 2.
+    freqs (B, 2) of (q, k) -> (B, 2)."""
+    q, k = freqs.T
+    turns = torch.stack([k, k * p % q], 1).double() / q[:, None]
+    return p * torch.minimum(turns, 1 - turns)
+
+
+def dimensions(some_letters, p):
+    """How many dimensions over the p digits the cosines and sines of letters span: the effective rank (sum
+    s^2)^2 / sum s^4 of these waves, each of norm 1."""
+    phases = 2 * torch.pi / p * some_letters.flatten()[:, None] * torch.arange(p)
+    basis = functional.normalize(torch.cat([phases.cos(), phases.sin()]))
+    return effective(torch.linalg.svdvals(basis).square())
+
+
+def distances(some_letters, others):
+    """From each letter to the nearest of others."""
+    return (some_letters[..., None] - others.flatten()).abs().amin(-1)
+
+
+def at_random(freqs, has, generator):
+    """Waves (B,) bool, of each q as many as `has` (B,) has, of any k: by chance."""
+    chosen = torch.zeros_like(has)
+    for q in freqs[has, 0].unique():
+        of_q = torch.nonzero(freqs[:, 0] == q)[:, 0]
+        order = torch.randperm(len(of_q), generator=generator)
+        chosen[of_q[order[:has[of_q].sum()]]] = True
+    return chosen
+
+
+def alphabet(m, of_neurons, draws=100):
+    """Whether the waves of different q share letters, and tasks need them. Waves of q > 7 are counted, as 2,
+    3, 5 and 7 have few to choose from; by chance (1 %, median, 99 %) means `at_random`.
+
+    letters (B, 2) and carried (B,) of wave_freqs; band_cuts (p//2 - 2, Q): accuracies on rows that were not
+    trained on without the frequencies k, k+1, k+2 in W_E; random_cuts (20, Q): without six random dimensions.
+    """
+    p, d, freqs = m.p, m.d, wave_freqs(m.d.classes)
+    spelled, has = letters(freqs, p), carried(of_neurons['wave_shares'][0], p)
+    late = has & (freqs[:, 0] > 7)
+    first = spelled[has & ~late]
+    found = dict(letters=spelled, carried=has) if has.any() else {}
+    if not late.any() or not len(first):
+        return found
+    g = torch.Generator().manual_seed(0)
+    nulls = [at_random(freqs, late, g) for _ in range(draws)]
+    measures = {'dimensions of their letters': lambda some: dimensions(spelled[some], p),
+                'share of their letters within 1 of one of 2, 3, 5, 7':
+                lambda some: (distances(spelled[some], first) < 1).double().mean().item()}
+    found['waves of q > 7'] = late.sum().item()
+    for name, measured in measures.items():
+        found[name] = measured(late)
+        by_chance = [measured(some) for some in nulls]
+        found[f'{name}, by chance'] = np.quantile(by_chance, (0.01, 0.5, 0.99)).tolist()
+
+    rows = unseen_rows(m, most=2000)
+    W_E = m.net.W_E[:p].clone()
+
+    def without(Q):
+        """Accuracies without the orthonormal directions Q (p, n) over the digits in W_E."""
+        m.net.W_E[:p] = W_E - Q @ (Q.T @ W_E)
+        return accuracies([m.net(d.x[rows])], d.y[rows], d.classes)[0]
+
+    fourier = cos_sin(torch.eye(p)).transpose(0, 1)                                      # p//2 2 p
+    bands = [fourier[k:k + 3].flatten(0, 1).T for k in range(p // 2 - 2)]
+    subspaces = [torch.linalg.qr(torch.randn(p, 6, generator=g)).Q for _ in range(20)]
+    found |= dict(band_cuts=torch.stack([without(Q) for Q in bands]),
+                  random_cuts=torch.stack([without(Q) for Q in subspaces]))
+    m.net.W_E[:p] = W_E
+    whole = accuracies([m.logits[rows]], d.y[rows], d.classes)[0]
+    for name, cuts in {'three frequencies': 'band_cuts', 'six random dimensions': 'random_cuts'}.items():
+        if (whole >= LEARNED).any():
+            halved = (lost(found[cuts], whole, d.classes) > 0.5).sum(1).float()
+            found[f'tasks that lose more than half without {name} of W_E: mean, most'] = [
+                halved.mean().item(), halved.max().item()]
+    return found
+
+
+def rebuilt(m, of_neurons):
+    """The network when each neuron is replaced by a description of it: by what one digit alone says, by that
+    and the sum and difference wave of its best (q, k), of another k of the same q, by the joint fit of all
+    waves; or by all but its own wave. On rows that were not trained on: rebuilt_accuracies and rebuilt_losses
+    (6, Q), the whole network first."""
+    p, d, freqs = m.p, m.d, wave_freqs(m.d.classes)
+    inter, gram, inv = m.solver
+    rows, a = unseen_rows(m), m.acts['neurons']
+    of_both = interactions(a, p)
+    b, B, F = inter @ of_both, len(freqs), a.shape[1]                                    # b is 4B F
+    blocks = torch.linalg.inv(gram.view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1))
+
+    def single(best):
+        """Coefficients (4B, F) of one wave in each neuron, best (F,)."""
+        c, each = torch.zeros(4, B, F), torch.arange(F)
+        c[:, best, each] = torch.einsum('fij,jf->if', blocks[best], b.view(4, B, F)[:, best, each])
+        return c.flatten(0, 1)
+
+    q, k = of_neurons['neuron_wave'].T
+    first = (freqs[:, 0] < q[:, None]).sum(1)  # wave of each q
+    further = torch.rand(F, generator=torch.Generator().manual_seed(0)) * (q // 2 - 1)
+    another = first + (k + further.long()) % (q // 2)
+    one_digit, y = (a - of_both)[rows], d.y[rows]
+    fits = {'one digit': 0 * b, 'one digit, their wave': single(first + k - 1),
+            'one digit, a wave of another k': single(another), 'one digit, all waves': inv @ b}
+    values = {'they are': a[rows]} | {name: one_digit + inter[:, rows].T @ c for name, c in fits.items()}
+    values['they are, less their wave'] = a[rows] + one_digit - values['one digit, their wave']
+    logits = (replaced(m.net, m.logits[rows], a[rows], slice(None), some) for some in values.values())
+    losses, accuracy = map(torch.stack, zip(*(task_losses(z, y, d.classes) for z in logits)))
+    found = dict(rebuilt_losses=losses, rebuilt_accuracies=accuracy)
+    for name, acc in zip(values, accuracy):
+        found[f'neurons as {name}: accuracy, tasks at .99'] = [acc.mean().item(), (acc >= 0.99).sum().item()]
+    return found
+
+
+def arrivals(records, p, classes):
+    """When waves come, by the recorded spectra. arrived (B,): the first recorded epoch from which a wave of
+    wave_freqs is carried for good, -1 if never. arrival_rank (B,), for q > 10: of the other waves of its q
+    the share whose letters are nearer (mean of both) to those of the waves before it; -1 for all others."""
+    freqs, epochs = wave_freqs(classes), records['spectra_epoch']
+    spelled = letters(freqs, p)
+    interaction = np.maximum(records['variance'][:, 0] - records['variance'][:, 1], 1e-30)
+    has = carried(torch.from_numpy(records['sum_power'] / interaction[:, None]), p)      # by epoch, B
+    since = len(epochs) - has.flip(0).cumprod(0).sum(0)
+    rank = torch.full([len(freqs)], -1.0)
+    for i in torch.nonzero((since > 0) & (since < len(epochs)) & (freqs[:, 0] > 10))[:, 0]:
+        before = spelled[since < since[i]]
+        if len(before):
+            distance = distances(spelled[freqs[:, 0] == freqs[i, 0]], before).mean(1)
+            own = distance[freqs[i, 1] - 1]
+            nearer, same = (distance < own).sum(), (distance == own).sum() - 1
+            rank[i] = (nearer + same / 2) / (len(distance) - 1)
+    return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_rank=rank)
+
+
 # ---------------------------------------------------------------- all measurements, the table
 
 ALWAYS = 'final initial snapshots'
@@ -805,6 +949,8 @@ MEASUREMENTS = {  # which networks it is for (see `measure`), at which moments, 
     outputs: ('one set of classes', 'final initial'),
     filters: ('one set of classes', 'final'),
     circuits: ('waves, one operation', 'final', neurons),
+    alphabet: ('waves of several q', 'final', neurons),
+    rebuilt: ('waves of several q', 'final', neurons),
     shared: ('waves, one operation', 'final')}
 # the arrays that are kept of every moment
 SMALL = ('W_E_norms', 'spectrum', 'train_losses', 'train_accuracies', 'valid_losses', 'valid_accuracies')
@@ -823,7 +969,8 @@ def measure(run, weights, moment, solver, key=None):
     mod_p = one_set and d.classes[0] == p
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
-             'one sum': one_sum, 'waves, one operation': solver is not None and d.n_ops == 1}
+             'one sum': one_sum, 'waves, one operation': solver is not None and d.n_ops == 1,
+             'waves of several q': solver is not None and len(set(d.classes)) > 1}
     found, results = {}, {}
     for measurement, (kind, moments, *earlier) in MEASUREMENTS.items():
         if kinds[kind] and moment in moments.split():
@@ -869,6 +1016,12 @@ def take_apart(run):
     of_start = start.keys() & {'singular_values', 'wave_shares', *SMALL}
     arrays |= {f'{name}_initial': start[name] for name in sorted(of_start)}
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
+    if 'carried' in arrays and len(run.records.get('sum_power', [])):
+        came = arrivals(run.records, run.p, d.classes)
+        rank = came['arrival_rank'][came['arrival_rank'] >= 0]
+        if len(rank):
+            arrays |= came
+            final['new waves: share of their q with nearer letters (by chance .5)'] = rank.mean().item()
     arrays |= over_snapshots(run, solver, key) if run.snapshots else run.shipped
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial)

@@ -408,6 +408,45 @@ def shared(run):
 
 
 @figure('one')
+def alphabet(run):
+    """The tasks share letters. A wave of n needs one frequency in each digit, its two letters; a dot is a
+    wave, large if strong, dark if its q is small. Right: as many waves of each q at random."""
+    a = run.arrays()
+    freqs, has = torch.from_numpy(a['freqs']), torch.from_numpy(a['carried'])
+    by_chance = analyze.at_random(freqs, has, torch.Generator().manual_seed(0))
+    power = a['wave_shares'][0][has].clip(0)
+    fig, axes = panels(2, 2, 4.6, sharex=True, sharey='row', height_ratios=(1, 4))
+    for (top, ax), some, title in zip(axes.T, (has, by_chance), ('this network', 'by chance')):
+        x0, x1 = a['letters'][some].T
+        ax.scatter(x0, x1, s=90 * power / power.max(), c=freqs[some, 0], vmax=1.3 * run.p, linewidths=0)
+        ax.set(xlabel='letter of x0: turns over the p digits', ylabel='letter of x1')
+        top.hist(a['letters'][some].flatten(), np.arange(run.p // 2 + 2) - 0.25, color=GREY)
+        top.set(title=title, ylabel='letters')
+    return fig
+
+
+@figure('one')
+def spelling(run):
+    """New waves take letters that are there. A dot is a wave of q > 10 when it comes for good: which share of
+    the other waves of its q has letters nearer to those that were there before."""
+    a = run.arrays()
+    new = np.flatnonzero(a['arrival_rank'] >= 0)
+    new = new[a['arrived'][new].argsort(kind='stable')]
+    x, rank = a['arrived'][new] + 1, a['arrival_rank'][new]
+    width = 1 + len(new) // 6
+    some_x, some_rank = (np.lib.stride_tricks.sliding_window_view(values, width) for values in (x, rank))
+    fig, ((ax,),) = panels(1, 1, 2.8)
+    ax.scatter(x, rank, s=9, color=BLUE, linewidths=0)
+    ax.plot(np.median(some_x, 1), some_rank.mean(1), c=BLUE, label=f'mean of {width} waves in a row')
+    ax.axhline(0.5, c=GREY, ls=':', label='mean by chance')
+    accuracy = run.records['valid_acc'].mean(1)
+    ax.plot(np.arange(len(accuracy)) + 1, accuracy, c=ORANGE, label='accuracy on unseen numbers')
+    ax.set(xscale='log', xlabel='epoch + 1', ylabel='share that is nearer', xlim=(x.min() / 8, len(accuracy)))
+    ax.legend(loc='upper left')
+    return fig
+
+
+@figure('one')
 def mechanism(run):
     """How it adds modulo p: its logits are cosines of a few key frequencies k, with w_k = 2πk/p."""
     a = run.arrays()
