@@ -440,9 +440,7 @@ def neurons(m):
     k_share, k_best = best_frequency(dft, total)
     k_share = k_share * alive
     own = inter.clamp(min=1e-30)
-    shares = single_waves(power['products'], m.p, m.solver) / own                        # B F
-    wave_share, wave_best = shares.max(0)
-    second = shares.masked_fill(freqs[:, :1] == freqs[wave_best, 0], 0).amax(0)  # of another q
+    wave_share, wave_best = (single_waves(power['products'], m.p, m.solver) / own).max(0)
     pure = wave_share > 0.5
     purest = (wave_share * (freqs[wave_best, 0] > 3)).argmax()  # modulo 2 and 3 a wave is no picture
     shown = torch.stack([*torch.arange(3), purest])
@@ -451,7 +449,6 @@ def neurons(m):
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    out['neurons with more than half in waves of two q'] = (~pure & (wave_share + second > 0.5)).sum().item()
     arrays = dict(neuron_ids=shown, neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best],
                   neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
     arrays |= dict(spectrum=dft.mean((1, 2)), wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
@@ -728,9 +725,11 @@ def circuits(m, of_neurons, draws=20):
     found['primes'] = torch.tensor(right)
     found['primes told from other numbers'] = right[0]
     found['the same by always saying "no prime"'] = (y == 0).any(1).float().mean().item()
-    nobodys = owner == 0
+    nobodys = owner[None] == 0
     found['neurons without a group'] = nobodys.sum().item()
-    found['all tasks without them'] = accuracies(cut([nobodys]), y, d.classes).mean().item()
+    without = [cut(some) for some in (nobodys, as_strong(nobodys, strength, g))]
+    found['accuracy of all tasks without these, without random ones as strong'] = [
+        accuracies(several, y, d.classes).mean().item() for several in without]
     learned = whole >= LEARNED
     found['tasks learned'] = learned.sum().item()
     if learned.sum() < 2:
@@ -837,102 +836,109 @@ def alphabet(m, of_neurons, draws=100):
     3, 5 and 7 have few to choose from; by chance (1 %, median, 99 %) means `at_random`.
 
     letters (B, 2) and carried (B,) of wave_freqs; band_cuts (p//2 - 2, Q): accuracies on rows that were not
-    trained on without the frequencies k, k+1, k+2 in W_E; random_cuts (20, Q): without six random dimensions.
+    trained on without the frequencies k, k+1, k+2 in W_E; random_cuts (30, Q): without three random ones.
     """
     p, d, freqs = m.p, m.d, wave_freqs(m.d.classes)
     spelled, has = letters(freqs, p), carried(of_neurons['wave_shares'][0], p)
     late = has & (freqs[:, 0] > 7)
     first = spelled[has & ~late]
-    found = dict(letters=spelled, carried=has) if has.any() else {}
-    if not late.any() or not len(first):
-        return found
+    if not late.any():
+        return dict(letters=spelled, carried=has) if has.any() else {}
+    found = {'letters': spelled, 'carried': has, 'waves of q > 7': late.sum().item()}
     g = torch.Generator().manual_seed(0)
     nulls = [at_random(freqs, late, g) for _ in range(draws)]
-    measures = {'dimensions of their letters': lambda some: dimensions(spelled[some], p),
-                'share of their letters within 1 of one of 2, 3, 5, 7':
-                lambda some: (distances(spelled[some], first) < 1).double().mean().item()}
-    found['waves of q > 7'] = late.sum().item()
+    measures = {'dimensions of their letters': lambda some: dimensions(spelled[some], p)}
+    if len(first):
+        measures['share of their letters within 1 of one of 2, 3, 5, 7'] = (
+            lambda some: (distances(spelled[some], first) < 1).double().mean().item())
     for name, measured in measures.items():
         found[name] = measured(late)
         by_chance = [measured(some) for some in nulls]
         found[f'{name}, by chance'] = np.quantile(by_chance, (0.01, 0.5, 0.99)).tolist()
 
     rows = unseen_rows(m, most=2000)
-    W_E = m.net.W_E[:p].clone()
-
-    def without(Q):
-        """Accuracies without the orthonormal directions Q (p, n) over the digits in W_E."""
-        m.net.W_E[:p] = W_E - Q @ (Q.T @ W_E)
-        return accuracies([m.net(d.x[rows])], d.y[rows], d.classes)[0]
-
-    fourier = cos_sin(torch.eye(p)).transpose(0, 1)                                      # p//2 2 p
-    bands = [fourier[k:k + 3].flatten(0, 1).T for k in range(p // 2 - 2)]
-    subspaces = [torch.linalg.qr(torch.randn(p, 6, generator=g)).Q for _ in range(20)]
-    found |= dict(band_cuts=torch.stack([without(Q) for Q in bands]),
-                  random_cuts=torch.stack([without(Q) for Q in subspaces]))
-    m.net.W_E[:p] = W_E
     whole = accuracies([m.logits[rows]], d.y[rows], d.classes)[0]
-    for name, cuts in {'three frequencies': 'band_cuts', 'six random dimensions': 'random_cuts'}.items():
-        if (whole >= LEARNED).any():
-            halved = (lost(found[cuts], whole, d.classes) > 0.5).sum(1).float()
-            found[f'tasks that lose more than half without {name} of W_E: mean, most'] = [
-                halved.mean().item(), halved.max().item()]
+    W_E, fourier = m.net.W_E[:p].clone(), cos_sin(torch.eye(p)).transpose(0, 1)          # p//2 2 p
+    bands = [torch.arange(k, k + 3) for k in range(p // 2 - 2)]
+    triples = [torch.randperm(p // 2, generator=g)[:3] for _ in range(30)]
+    for name, cuts, kind in (('band_cuts', bands, 'in a row'), ('random_cuts', triples, 'at random')):
+        found[name] = []
+        for some in cuts:
+            Q = fourier[some].flatten(0, 1)                                              # 6 p, orthonormal
+            m.net.W_E[:p] = W_E - Q.T @ (Q @ W_E)
+            found[name] += accuracies([m.net(d.x[rows])], d.y[rows], d.classes)
+        found[name] = torch.stack(found[name])
+        halved = (lost(found[name], whole, d.classes) > 0.5).sum(1).float()
+        found[f'tasks that lose more than half without three frequencies of W_E {kind}: mean, most'] = [
+            halved.mean().item(), halved.max().item()]
+    m.net.W_E[:p] = W_E
     return found
 
 
 def rebuilt(m, of_neurons):
     """The network when each neuron is replaced by a description of it: by what one digit alone says, by that
-    and the sum and difference wave of its best (q, k), of another k of the same q, by the joint fit of all
-    waves; or by all but its own wave. On rows that were not trained on: rebuilt_accuracies and rebuilt_losses
-    (6, Q), the whole network first."""
+    and its own wave (the sum and the difference wave of its best q and k), by that and a wave of another k of
+    its q (none where q < 4), by that and the joint fit of all waves; or by all but its own wave.
+
+    rebuilt_accuracies and rebuilt_losses (2, 6, Q): on training rows and on others; first as they are.
+    """
     p, d, freqs = m.p, m.d, wave_freqs(m.d.classes)
     inter, gram, inv = m.solver
-    rows, a = unseen_rows(m), m.acts['neurons']
-    of_both = interactions(a, p)
-    b, B, F = inter @ of_both, len(freqs), a.shape[1]                                    # b is 4B F
+    a = m.acts['neurons']
+    both_digits = interactions(a, p)
+    b, B, F = inter @ both_digits, len(freqs), a.shape[1]                                # b is 4B F
     blocks = torch.linalg.inv(gram.view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1))
 
-    def single(best):
-        """Coefficients (4B, F) of one wave in each neuron, best (F,)."""
+    def one_wave(which):
+        """Coefficients (4B, F) of one wave of wave_freqs in each neuron, which (F,)."""
         c, each = torch.zeros(4, B, F), torch.arange(F)
-        c[:, best, each] = torch.einsum('fij,jf->if', blocks[best], b.view(4, B, F)[:, best, each])
+        c[:, which, each] = torch.einsum('fij,jf->if', blocks[which], b.view(4, B, F)[:, which, each])
         return c.flatten(0, 1)
 
     q, k = of_neurons['neuron_wave'].T
-    first = (freqs[:, 0] < q[:, None]).sum(1)  # wave of each q
-    further = torch.rand(F, generator=torch.Generator().manual_seed(0)) * (q // 2 - 1)
-    another = first + (k + further.long()) % (q // 2)
-    one_digit, y = (a - of_both)[rows], d.y[rows]
-    fits = {'one digit': 0 * b, 'one digit, their wave': single(first + k - 1),
-            'one digit, a wave of another k': single(another), 'one digit, all waves': inv @ b}
-    values = {'they are': a[rows]} | {name: one_digit + inter[:, rows].T @ c for name, c in fits.items()}
-    values['they are, less their wave'] = a[rows] + one_digit - values['one digit, their wave']
-    logits = (replaced(m.net, m.logits[rows], a[rows], slice(None), some) for some in values.values())
-    losses, accuracy = map(torch.stack, zip(*(task_losses(z, y, d.classes) for z in logits)))
-    found = dict(rebuilt_losses=losses, rebuilt_accuracies=accuracy)
-    for name, acc in zip(values, accuracy):
-        found[f'neurons as {name}: accuracy, tasks at .99'] = [acc.mean().item(), (acc >= 0.99).sum().item()]
+    start = (freqs[:, 0] < q[:, None]).sum(1)  # where the waves of each q begin
+    step = torch.rand(F, generator=torch.Generator().manual_seed(0)) * (q // 2 - 1)
+    fits = {'one digit': 0 * b, 'one digit, own wave': one_wave(start + k - 1),
+            'one digit, a wave of another k': one_wave(start + (k + step.long()) % (q // 2)) * (q > 3),
+            'one digit, all waves': inv @ b}
+    values = {'they are': a} | {name: a - both_digits + inter.T @ c for name, c in fits.items()}
+    values['they are, less their own wave'] = 2 * a - both_digits - values['one digit, own wave']
+    found = dict(rebuilt_losses=[], rebuilt_accuracies=[])
+    for rows in (m.rows[0], unseen_rows(m)):
+        whole = m.logits[rows]
+        logits = [replaced(m.net, whole, a[rows], slice(None), some[rows]) for some in values.values()]
+        losses, accuracy = map(torch.stack, zip(*(task_losses(z, d.y[rows], d.classes) for z in logits)))
+        found['rebuilt_losses'].append(losses)
+        found['rebuilt_accuracies'].append(accuracy)
+    found = {name: torch.stack(both) for name, both in found.items()}
+    per_ln_q = (found['rebuilt_losses'] / torch.tensor(d.classes).log()).mean(2)
+    for i, name in enumerate(values):
+        acc = found['rebuilt_accuracies'][1, i]
+        found[f'neurons as {name}: accuracy, tasks at .99; loss / ln q, in training'] = [
+            acc.mean().item(), (acc >= 0.99).sum().item(), *per_ln_q[:, i].flip(0).tolist()]
     return found
 
 
 def arrivals(records, p, classes):
     """When waves come, by the recorded spectra. arrived (B,): the first recorded epoch from which a wave of
-    wave_freqs is carried for good, -1 if never. arrival_rank (B,), for q > 10: of the other waves of its q
-    the share whose letters are nearer (mean of both) to those of the waves before it; -1 for all others."""
+    wave_freqs is carried for good, -1 if never. arrival_ranks (2, B), for q > 10: of the other waves of its q
+    the share whose letters are nearer (mean of both) to those of the waves that came before it, and to those
+    of the waves that came after it; -1 for all others."""
     freqs, epochs = wave_freqs(classes), records['spectra_epoch']
     spelled = letters(freqs, p)
     interaction = np.maximum(records['variance'][:, 0] - records['variance'][:, 1], 1e-30)
     has = carried(torch.from_numpy(records['sum_power'] / interaction[:, None]), p)      # by epoch, B
     since = len(epochs) - has.flip(0).cumprod(0).sum(0)
-    rank = torch.full([len(freqs)], -1.0)
+    ranks = torch.full((2, len(freqs)), -1.0)
     for i in torch.nonzero((since > 0) & (since < len(epochs)) & (freqs[:, 0] > 10))[:, 0]:
-        before = spelled[since < since[i]]
-        if len(before):
-            distance = distances(spelled[freqs[:, 0] == freqs[i, 0]], before).mean(1)
-            own = distance[freqs[i, 1] - 1]
-            nearer, same = (distance < own).sum(), (distance == own).sum() - 1
-            rank[i] = (nearer + same / 2) / (len(distance) - 1)
-    return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_rank=rank)
+        before, after = since < since[i], (since > since[i]) & (since < len(epochs))
+        for rank, others in zip(ranks, (before, after)):
+            if before.any() and after.any():
+                distance = distances(spelled[freqs[:, 0] == freqs[i, 0]], spelled[others]).mean(1)
+                less = distance - distance[freqs[i, 1] - 1]
+                nearer, same = (less < -1e-9).sum(), (less.abs() <= 1e-9).sum() - 1
+                rank[i] = (nearer + same / 2) / (len(distance) - 1)
+    return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_ranks=ranks)
 
 
 # ---------------------------------------------------------------- all measurements, the table
@@ -1018,10 +1024,11 @@ def take_apart(run):
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
     if 'carried' in arrays and len(run.records.get('sum_power', [])):
         came = arrivals(run.records, run.p, d.classes)
-        rank = came['arrival_rank'][came['arrival_rank'] >= 0]
-        if len(rank):
+        ranks = came['arrival_ranks'][:, came['arrival_ranks'][0] >= 0]
+        if ranks.numel():
             arrays |= came
-            final['new waves: share of their q with nearer letters (by chance .5)'] = rank.mean().item()
+            final['share of the waves of a q nearer to the letters before a new one, after it'] = (
+                ranks.mean(1).tolist())
     arrays |= over_snapshots(run, solver, key) if run.snapshots else run.shipped
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial)

@@ -427,17 +427,17 @@ def alphabet(run):
 
 @figure('one')
 def spelling(run):
-    """New waves take letters that are there. A dot is a wave of q > 10 when it comes for good: which share of
-    the other waves of its q has letters nearer to those that were there before."""
+    """Early and late waves are of one alphabet. A dot is a wave of q > 10 when it comes for good: which share
+    of the other waves of its q has letters nearer to those of the waves before it."""
     a = run.arrays()
-    new = np.flatnonzero(a['arrival_rank'] >= 0)
-    new = new[a['arrived'][new].argsort(kind='stable')]
-    x, rank = a['arrived'][new] + 1, a['arrival_rank'][new]
-    width = 1 + len(new) // 6
-    some_x, some_rank = (np.lib.stride_tricks.sliding_window_view(values, width) for values in (x, rank))
+    before, after = a['arrival_ranks']
+    new = np.flatnonzero(before >= 0)
+    x = a['arrived'][new] + 1
     fig, ((ax,),) = panels(1, 1, 2.8)
-    ax.scatter(x, rank, s=9, color=BLUE, linewidths=0)
-    ax.plot(np.median(some_x, 1), some_rank.mean(1), c=BLUE, label=f'mean of {width} waves in a row')
+    ax.scatter(x, before[new], s=9, color=BLUE, linewidths=0)
+    for rank, style, to in ((before, '-', 'before'), (after, '--', 'after')):
+        mean = rank[new].mean()
+        ax.axhline(mean, c=BLUE, ls=style, lw=0.8, label=f'nearer to those {to} it: mean {mean:.2f}')
     ax.axhline(0.5, c=GREY, ls=':', label='mean by chance')
     accuracy = run.records['valid_acc'].mean(1)
     ax.plot(np.arange(len(accuracy)) + 1, accuracy, c=ORANGE, label='accuracy on unseen numbers')

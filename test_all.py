@@ -1271,14 +1271,30 @@ def test_bands_of_the_embedding_and_neurons_replaced():
     m.logits, before, rows = net(d.x), net.W_E.clone(), torch.cat(m.rows[1:])
     m.d = d._replace(y=torch.stack([z.argmax(1) for z in m.logits.split(d.classes, 1)], 1))  # all is right
     has = torch.isin(torch.arange(12), torch.tensor([0, 1, 3, 5, 8, 10]))
-    out = analyze.alphabet(m, dict(wave_shares=has * torch.ones(2, 12)), draws=5)
+    out = analyze.alphabet(m, dict(wave_shares=has * torch.ones(2, 12)), draws=20)
     assert torch.equal(out['carried'], has) and out['waves of q > 7'] == 2 and torch.equal(net.W_E, before)
     z = torch.fft.rfft(before[:p], dim=0)
     z[2:5] = 0
     net.W_E[:p] = torch.fft.irfft(z, p, dim=0)
     accuracy = task_losses(net(d.x[rows]), m.d.y[rows], d.classes)[1]
     assert torch.allclose(out['band_cuts'][1], accuracy, atol=0.02) and (accuracy < 0.95).any()
-    assert out['band_cuts'].shape == (4, 5) and out['random_cuts'].shape == (20, 5)
+    assert out['band_cuts'].shape == (4, 5) and out['random_cuts'].shape == (30, 5)
+    for kind, cuts in (('in a row', out['band_cuts']), ('at random', out['random_cuts'])):
+        halves = [1 - (1 - 1 / q) / 2 for q in d.classes]  # all was right
+        count = [sum(acc < half for acc, half in zip(row, halves)) for row in cuts.tolist()]
+        name = f'tasks that lose more than half without three frequencies of W_E {kind}: mean, most'
+        assert out[name] == pytest.approx([np.mean(count), max(count)])
+    spelled, first = out['letters'], out['letters'][has & (freqs[:, 0] < 8)].flatten().tolist()
+    pairs = [spelled[7 + np.array(some)] for some in itertools.combinations(range(5), 2)]  # all of 11
+
+    def share(some):
+        return np.mean([min(abs(x - y) for y in first) < 1 for x in some.flatten().tolist()])
+    for name, measured in {'dimensions of their letters': lambda some: analyze.dimensions(some, p),
+                           'share of their letters within 1 of one of 2, 3, 5, 7': share}.items():
+        assert out[name] == pytest.approx(measured(spelled[[8, 10]]))
+        low, middle, high = out[f'{name}, by chance']
+        every = sorted(map(measured, pairs))
+        assert every[0] - 1e-9 <= low <= middle <= high <= every[-1] + 1e-9 and low < high
 
     best = torch.randint(5, 12, (F,))  # of q = 7 and 11
     basis = analyze.waves(p, d.classes, p)[:, best]                                      # 4 F p^2
@@ -1288,10 +1304,17 @@ def test_bands_of_the_embedding_and_neurons_replaced():
     m.acts, m.logits = dict(neurons=a), a @ net.W_out @ net.W_U
     m.d = d._replace(y=torch.stack([z.argmax(1) for z in m.logits.split(d.classes, 1)], 1))
     out = analyze.rebuilt(m, dict(neuron_wave=freqs[best]))
-    whole, digits, wave_too, another, waves, less = out['rebuilt_accuracies'].mean(1).tolist()
-    assert whole == 1 and min(wave_too, waves) > 0.98 and max(digits, another, less) < 0.9
-    assert digits == pytest.approx(less, abs=1e-6)
-    assert torch.allclose(out['rebuilt_losses'][2], out['rebuilt_losses'][0], rtol=0.02)
+    trained, unseen = out['rebuilt_accuracies'].mean(2)
+    for whole, digits, own_wave, another, waves, less in (trained.tolist(), unseen.tolist()):
+        assert whole == 1 and min(own_wave, waves) > 0.98 and max(digits, another, less) < 0.9
+        assert digits == pytest.approx(less, abs=1e-6)
+    assert torch.allclose(out['rebuilt_losses'][:, 2], out['rebuilt_losses'][:, 0], rtol=0.02)
+    m.acts['neurons'] = a + 0.8 * own.roll(1, 1)  # a second wave, as a rule of another q
+    m.logits = m.acts['neurons'] @ net.W_out @ net.W_U
+    m.d = d._replace(y=torch.stack([z.argmax(1) for z in m.logits.split(d.classes, 1)], 1))
+    out = analyze.rebuilt(m, dict(neuron_wave=freqs[best]))
+    _, _, own_wave, _, waves, _ = out['rebuilt_accuracies'][1].mean(1)
+    assert waves > 0.98 > 0.9 > own_wave
 
 
 def test_when_waves_come():
@@ -1307,12 +1330,12 @@ def test_when_waves_come():
     found = analyze.arrivals(records, p, classes)
     assert found['arrived'].tolist() == [0, -1, 10, -1, -1, 20, -1, -1, 40]
     spelled = analyze.letters(freqs, p)
-    for number, before in ((5, [0, 2]), (8, [0, 2, 5])):
-        far = [np.mean([min(abs(a - b) for b in spelled[before].flatten().tolist()) for a in pair])
+    for row, others in enumerate(([0, 2], [8])):
+        far = [np.mean([min(abs(a - b) for b in spelled[others].flatten().tolist()) for a in pair])
                for pair in spelled[4:].tolist()]
-        nearer = sum(x < far[number - 4] for x in far) / 4
-        assert found['arrival_rank'][number].item() == pytest.approx(nearer)
-    assert (found['arrival_rank'] == -1).sum() == 7
+        nearer, same = sum(x < far[1] - 1e-9 for x in far), sum(abs(x - far[1]) < 1e-9 for x in far) - 1
+        assert found['arrival_ranks'][row, 5].item() == pytest.approx((nearer + same / 2) / 4)
+    assert (found['arrival_ranks'] == -1).sum() == 16
 
 
 # ---------------------------------------------------------------- run folders

@@ -200,7 +200,7 @@ def train(o):
         torch.cuda.set_device(o.device)
         torch.set_float32_matmul_precision('high' if o.precision == 'tf32' else 'highest')
     bfloat16 = torch.autocast('cuda' if cuda else 'cpu', torch.bfloat16, enabled=o.precision == 'bfloat16',
-                              cache_enabled=False)  # its cache would outlive a step, and grow stale
+                              cache_enabled=False)  # the cache lives as long as the outermost autocast
 
     # data: train, validation and test are one batch each, tokens and targets
     d = data.make(o.task, o.p, o.data_seed, o.device)
