@@ -200,14 +200,19 @@ def decompose(neurons, p, solver):
     return dict(alive=alive, variance=variance * alive, interaction=interaction, waves=power, products=b)
 
 
+def single_inverses(solver):
+    """The inverse gram matrix of the sum and the difference wave of each (q, k) by itself: (B, 4, 4)."""
+    B = len(solver[1]) // 4
+    blocks = solver[1].view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    return torch.linalg.inv(blocks)
+
+
 def single_waves(products, p, solver):
     """Variance of each activation that the sum and the difference wave of one (q, k) explain without the
     others, (B, F). Never negative, nor more than the interaction."""
-    gram = solver[1]
-    B = len(products) // 4
-    b = products.view(4, B, -1)
-    blocks = gram.view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1)             # B 4 4
-    return torch.einsum('ibf,bij,jbf->bf', b, torch.linalg.inv(blocks), b) / p ** 2
+    inverses = single_inverses(solver)
+    b = products.view(4, len(inverses), -1)
+    return torch.einsum('ibf,bij,jbf->bf', b, inverses, b) / p ** 2
 
 
 def dft2(neurons, p):
@@ -883,16 +888,17 @@ def rebuilt(m, of_neurons):
     rebuilt_accuracies and rebuilt_losses (2, 6, Q): on training rows and on others; first as they are.
     """
     p, d, freqs = m.p, m.d, wave_freqs(m.d.classes)
-    inter, gram, inv = m.solver
+    inter, _, inv = m.solver
+    inverses = single_inverses(m.solver)
     a = m.acts['neurons']
     both_digits = interactions(a, p)
-    b, B, F = inter @ both_digits, len(freqs), a.shape[1]                                # b is 4B F
-    blocks = torch.linalg.inv(gram.view(4, B, 4, B).diagonal(dim1=1, dim2=3).permute(2, 0, 1))
+    B, F = len(freqs), a.shape[1]
+    b = inter @ both_digits                                                              # 4B F
 
     def one_wave(which):
         """Coefficients (4B, F) of one wave of wave_freqs in each neuron, which (F,)."""
         c, each = torch.zeros(4, B, F), torch.arange(F)
-        c[:, which, each] = torch.einsum('fij,jf->if', blocks[which], b.view(4, B, F)[:, which, each])
+        c[:, which, each] = torch.einsum('fij,jf->if', inverses[which], b.view(4, B, F)[:, which, each])
         return c.flatten(0, 1)
 
     q, k = of_neurons['neuron_wave'].T

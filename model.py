@@ -103,10 +103,10 @@ def look_up(x, asked, table, W_Q, W_K, W_V):
     q, k, v = heads(asking, W_Q), heads(everything, W_K), heads(everything, W_V)
     scores = torch.einsum('ahk,bhk->abh', q, k).flatten(0, 1)                    # AVTV H, asked and seen
     pair = len(k) * asker[:, None] + row[:, :, None]                             # N T A, of AVTV
-    return rows(asking, asker), rows(scores, pair), rows(v.flatten(1), row).unflatten(2, v.shape[1:])
+    return take(asking, asker), take(scores, pair), take(v.flatten(1), row).unflatten(2, v.shape[1:])
 
 
-def rows(table, index):
+def take(table, index):
     """Rows of a table (V, ..). As torch's embedding, but the gradient of that sorts and may wait on a GPU."""
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 

@@ -1640,7 +1640,7 @@ AMBIENT = dict(
 
 
 @pytest.mark.parametrize('name', AMBIENT)
-def test_what_a_notebook_has_set_is_of_no_matter_and_given_back(folders, tmp_path, name):
+def test_what_a_notebook_has_set_is_of_no_matter_and_given_back(tmp_path, name):
     def states():
         return [torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
                 torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'),
@@ -1708,8 +1708,8 @@ def test_a_changed_model_does_not_falsify_older_runs(folders, monkeypatch):
             analyze.load_run(path)
 
 
-def test_small_things_are_told(folders, tmp_path, monkeypatch, capsys, fault):
-    """Out of memory, slow bfloat16, a finished run, a run that is too young."""
+def test_small_things_are_told(tmp_path, monkeypatch, capsys):
+    """Out of memory, slow bfloat16, a finished run, what a run is, the name of the folder one is in."""
     def main(argv):
         torch.empty(2 ** 60)
     monkeypatch.setattr(sys, 'argv', ['x.py'])
@@ -2094,8 +2094,7 @@ def test_the_papers_values():
     paper = dict(
         p=113, train_frac=0.5, d_model=256, n_heads=4, epochs=65536, optimizer='adamw', lr=3e-4, alpha=0.98,
         init='reference', weight_decay=1 / 3, decay_from=1, dropout=0.1, dropout_mlp=0.1,
-        dropout_mask='batch',
-        lamb=0.5, focus=0)
+        dropout_mask='batch', lamb=0.5, focus=0)
     nanda = dict(train_frac=0.3, d_model=128, lr=1e-3, weight_decay=1, dropout=0, dropout_mlp=0, lamb=0,
                  init='he', optimizer='adamw', decay_from=1, focus=0)
     tenfold = dict(lr=1e-3, weight_decay=1, dropout_mask='example', decay_from=0.7, epochs=10000)

@@ -137,10 +137,11 @@ def parse(argv):
         rounded = {key: f'{v:g}' if isinstance(v, float) else v for key, v in options.items()}
         about += textwrap.wrap(f'  {name}: {flags(rounded)}', 100, subsequent_indent='    ',
                                break_on_hyphens=False)
-    parser = group = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, epilog='\n'.join(about), allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # in one line
+    group = parser
     for name, (default, text, choices) in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
@@ -155,7 +156,7 @@ def parse(argv):
     if o.resume:
         ckpt = data.load(Path(o.out, 'ckpt.pt'))
         need(ckpt['optimizer'], f'cannot resume {o.out}: a copy made for looking, without optimiser state')
-        own = ckpt['config']
+        own = ckpt['config']  # without an example it is of a version where --dropout_mlp 0 meant the same
         same = isinstance(own, dict) and own.keys() == OPTIONS.keys() and 'example' in ckpt
         need(same, f'cannot resume {o.out}: its options are not those of this version')
         o = argparse.Namespace(**own | {name: getattr(o, name) for name in HOW})
@@ -292,7 +293,6 @@ def train(o):
         n_spectra = math.ceil(o.epochs / o.spectra_every)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
     epoch, wall = 0, 0.0  # what a step changes, save and restore must name
-
     late = {}  # files whose writing has failed so far
 
     def save(late):
@@ -418,8 +418,8 @@ def train(o):
             say(score_table(tasks))
             say(f'{epoch:,} epochs in {timedelta(seconds=round(wall))} on {device}; all of it is in {out}\n'
                 'the table is without dropout; the train accuracy of the progress lines is with it')
-        data.settle(late)
         if stop:
+            data.settle(late)
             how = ['--resume', '--out', o.out, '--device', o.device, '--compile', o.compile]
             again = shlex.join([sys.executable, os.path.abspath(__file__), *how])
             say(f'saved at epoch {epoch:,}; go on with: {again}')
@@ -523,6 +523,7 @@ def scores(d, p, rows, measure, valid_acc):
     if len(d.y) == p ** 2:  # pairs of digits
         swapped = torch.arange(p ** 2).view(p, p).T.flatten()
         symmetric = [torch.equal(y, y[swapped]) for y in d.y.T.cpu()]
+    if any(symmetric):
         seen = torch.isin(swapped[rows['test']], rows['train'])
         sets |= dict(test_swapped_seen=rows['test'][seen], test_swapped_unseen=rows['test'][~seen])
     measured = {name: measure(some) if len(some) else None for name, some in sets.items()}
