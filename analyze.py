@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -138,8 +139,10 @@ def outliers(W, draws=100):
 # ---------------------------------------------------------------- waves of the targets, over all p^2 inputs
 
 def wave_freqs(classes):
-    """The pairs (q, k), (B, 2): every q of `classes` with k = 1 .. q//2. The 29 tasks have B = 726."""
-    return torch.tensor([(q, k) for q in dict.fromkeys(classes) for k in range(1, q // 2 + 1)])
+    """The pairs (q, k), (B, 2), that the targets are made of, sorted: each fraction k/q up to 1/2 whose lowest
+    denominator q divides one of `classes`. Primes q have k = 1 .. q//2; the 29 tasks have B = 726."""
+    divisors = {q for modulus in set(classes) for q in range(2, modulus + 1) if modulus % q == 0}
+    return torch.tensor([(q, k) for q in sorted(divisors) for k in range(1, q // 2 + 1) if math.gcd(q, k) == 1])
 
 
 def waves(p, classes, stride):
@@ -170,13 +173,18 @@ def wave_solver(p, classes, stride):
     -> inter (4B, p^2), the interactions of the waves, gram (4B, 4B) and its inverse inv: b = inter @ a and
     c = inv @ b are the coefficients of an activation a (p^2,); c * b / p^2 is the variance of each wave.
     """
-    size = 48 * len(wave_freqs(classes)) * p ** 2  # bytes, three times the waves
-    need(size < 6e9, f'the spectra at p = {p} need {size / 1e9:.0f} GB; train.py can do without')
+    B = len(wave_freqs(classes))
+    size = 48 * B * p ** 2 + 128 * B ** 2  # bytes: three times the waves, two grams
+    need(size < 6e9, f'the spectra at p = {p} need {size / 1e9:.0f} GB; --spectra_every 0 does without')
     basis = waves(p, classes, stride).flatten(0, 1)
     inter = interactions(basis.T.contiguous(), p).T.contiguous()
     gram = inter @ inter.T  # normalised, its eigenvalues run from .048 to 2.02 at p = 113: float32 does
     gram += torch.diag((gram.diagonal() < 1e-3).to(gram.dtype))  # a wave that vanishes has b = c = 0
-    return inter, gram, torch.linalg.inv(gram)
+    inv = torch.linalg.inv_ex(gram).inverse
+    ones = torch.ones(len(gram))
+    exact = (gram @ (inv @ ones) - ones).abs().max() < 0.01
+    need(exact, 'waves of these moduli cannot be told apart; train.py --spectra_every 0 does without spectra')
+    return inter, gram, inv
 
 
 def decompose(neurons, p, solver):
@@ -639,11 +647,14 @@ def filters(m, draws=3):
 LEARNED = 0.9  # accuracy from which a task counts as learned
 
 
-def owners(wave, share, one_modulus):
-    """The group of each neuron, (F,): the q of its best wave (F, 2), or the k if there is one modulus. 0
-    where that wave has no more than half of what needs both digits."""
-    q, k = wave.T
-    return (k if one_modulus else q) * (share > 0.5)
+def groups_of(of_neurons, classes):
+    """The group of each neuron, (F,): the q of its best wave, or the k if all waves are of one q. 0 where
+    that wave has no more than half of what needs both digits. And the names of the groups, a list, first the
+    moduli themselves."""
+    (q, k), pure = of_neurons['neuron_wave'].T, of_neurons['neuron_wave_share'] > 0.5
+    moduli = list(dict.fromkeys([*classes, *wave_freqs(classes)[:, 0].tolist()]))
+    owner = (q if len(moduli) > 1 else k) * pure
+    return owner, moduli if len(moduli) > 1 else owner[pure].unique().tolist()
 
 
 def replaced(net, logits, neurons, group, values):
@@ -690,7 +701,7 @@ def accuracies(several_logits, y, classes):
 
 def circuits(m, of_neurons, draws=20):
     """Which task needs which neurons, on rows that were not trained on. The neurons are in G groups, see
-    `owners`, by what `neurons` found; if there are none, that is all. Accuracies of each task:
+    `groups_of`, by what `neurons` found; if there are none, that is all. Accuracies of each task:
 
     necessary   (G, Q)         with the neurons of a group at their means over all inputs
     sufficient  (G, Q)         with all other neurons at their means
@@ -698,10 +709,8 @@ def circuits(m, of_neurons, draws=20):
     primes      (1 + G,)       see `prime_accuracy`, with all neurons and without each group
     """
     net, d = m.net, m.d
-    one_modulus = len(set(d.classes)) == 1
-    owner = owners(of_neurons['neuron_wave'], of_neurons['neuron_wave_share'], one_modulus)
-    names = owner[owner > 0].unique() if one_modulus else torch.tensor(d.classes)
-    groups = owner == names[:, None]                                                     # G F
+    owner, names = groups_of(of_neurons, d.classes)
+    groups = owner == torch.tensor(names, dtype=torch.long)[:, None]                     # G F
     if not groups.any():
         return {}
     rows = unseen_rows(m, most=10000)
@@ -716,20 +725,21 @@ def circuits(m, of_neurons, draws=20):
     without_each = cut(groups)
     nothing = replaced(net, logits, neurons, slice(None), mean)
     whole = accuracies([logits], y, d.classes)[0]
-    found = dict(groups=names, group_sizes=groups.sum(1))
+    found = dict(groups=torch.tensor(names), group_sizes=groups.sum(1))
     found['necessary'] = accuracies(without_each, y, d.classes)
     found['sufficient'] = accuracies([nothing + logits - z for z in without_each], y, d.classes)
     strength = neurons.std(0) * (net.W_out @ net.W_U).norm(dim=1)
     g = torch.Generator().manual_seed(0)
     drawn = [cut(as_strong(groups, strength, g), few=500) for _ in range(draws)]
     found['as_strong'] = torch.stack([accuracies(several, y, d.classes) for several in drawn])
-    if one_modulus:
+    if len(set(d.classes)) == 1:
         return found
 
-    right = [prime_accuracy(z, y, d.classes) for z in (logits, *without_each)]
-    found['primes'] = torch.tensor(right)
-    found['primes told from other numbers'] = right[0]
-    found['the same by always saying "no prime"'] = (y == 0).any(1).float().mean().item()
+    if d.classes == data.primes_below(m.p):
+        right = [prime_accuracy(z, y, d.classes) for z in (logits, *without_each)]
+        found['primes'] = torch.tensor(right)
+        found['primes told from other numbers'] = right[0]
+        found['the same by always saying "no prime"'] = (y == 0).any(1).float().mean().item()
     nobodys = owner[None] == 0
     found['neurons without a group'] = nobodys.sum().item()
     without = [cut(some) for some in (nobodys, as_strong(nobodys, strength, g))]
@@ -737,7 +747,7 @@ def circuits(m, of_neurons, draws=20):
         accuracies(several, y, d.classes).mean().item() for several in without]
     learned = whole >= LEARNED
     found['tasks learned'] = learned.sum().item()
-    if learned.sum() < 2:
+    if learned.sum() < 2 or names != d.classes:  # a group of 3 serves n mod 6 and n mod 15
         return found
     necessary = found['necessary'][learned][:, learned]
     own = necessary.diagonal()
@@ -784,10 +794,9 @@ def surgery(run, names, keep=False):
     q or k at their means; keep: with all others there. As text. Refused where a group is empty."""
     d, p = run.data, run.p
     need(d.stride and d.n_ops == 1, f'{run.path} is no network of one operation modulo something')
-    one_modulus = len(set(d.classes)) == 1
     logits, acts = run.forward()
     found = neurons(SimpleNamespace(d=d, p=p, acts=acts, solver=wave_solver(p, d.classes, d.stride)))
-    owner = owners(found['neuron_wave'], found['neuron_wave_share'], one_modulus)
+    owner, _ = groups_of(found, d.classes)
     there = owner[owner > 0].unique().tolist()
     missing = [name for name in names if name not in there]
     need(not missing, f'{run.path} has no neurons for {show(missing)}; groups there: {show(there)}')
@@ -883,7 +892,7 @@ def alphabet(m, of_neurons, draws=100):
 def rebuilt(m, of_neurons):
     """The network when each neuron is replaced by a description of it: by what one digit alone says, by that
     and its own wave (the sum and the difference wave of its best q and k), by that and a wave of another k of
-    its q (none where q < 4), by that and the joint fit of all waves; or by all but its own wave.
+    its q (none if it is the only one), by that and the joint fit of all waves; or by all but its own wave.
 
     rebuilt_accuracies and rebuilt_losses (2, 6, Q): on training rows and on others; first as they are.
     """
@@ -901,11 +910,14 @@ def rebuilt(m, of_neurons):
         c[:, which, each] = torch.einsum('fij,jf->if', inverses[which], b.view(4, B, F)[:, which, each])
         return c.flatten(0, 1)
 
-    q, k = of_neurons['neuron_wave'].T
-    start = (freqs[:, 0] < q[:, None]).sum(1)  # where the waves of each q begin
-    step = torch.rand(F, generator=torch.Generator().manual_seed(0)) * (q // 2 - 1)
-    fits = {'one digit': 0 * b, 'one digit, own wave': one_wave(start + k - 1),
-            'one digit, a wave of another k': one_wave(start + (k + step.long()) % (q // 2)) * (q > 3),
+    wave = of_neurons['neuron_wave']
+    own = (freqs == wave[:, None]).all(2).float().argmax(1)
+    start = (freqs[:, 0] < wave[:, :1]).sum(1)  # where the waves of its q begin, and how many there are
+    length = (freqs[:, 0] == wave[:, :1]).sum(1)
+    step = 1 + torch.rand(F, generator=torch.Generator().manual_seed(0)) * (length - 1)
+    other = start + (own - start + step.long()) % length
+    fits = {'one digit': 0 * b, 'one digit, own wave': one_wave(own),
+            'one digit, a wave of another k': one_wave(other) * (length > 1),
             'one digit, all waves': inv @ b}
     values = {'they are': a} | {name: a - both_digits + inter.T @ c for name, c in fits.items()}
     values['they are, less their own wave'] = 2 * a - both_digits - values['one digit, own wave']
@@ -941,7 +953,7 @@ def arrivals(records, p, classes):
         for rank, others in zip(ranks, (before, after)):
             if before.any() and after.any():
                 distance = distances(spelled[freqs[:, 0] == freqs[i, 0]], spelled[others]).mean(1)
-                less = distance - distance[freqs[i, 1] - 1]
+                less = distance - distance[i - (freqs[:, 0] < freqs[i, 0]).sum()]
                 nearer, same = (less < -1e-9).sum(), (less.abs() <= 1e-9).sum() - 1
                 rank[i] = (nearer + same / 2) / (len(distance) - 1)
     return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_ranks=ranks)
@@ -977,7 +989,7 @@ def measure(run, weights, moment, solver, key=None):
     m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
                         key=key)
     sums = (d.x[:, 0] + d.x[:, 1]) % p
-    one_set = len(set(d.classes)) == 1 and len(d.names) == d.n_ops  # in the same logits
+    one_set = len(set(d.classes)) == 1 and d.classes[0] > 3 and len(d.names) == d.n_ops  # in the same logits
     mod_p = one_set and d.classes[0] == p
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,

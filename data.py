@@ -50,18 +50,20 @@ def make(task, p, seed=0, device='cpu'):
     basis   miiii with the rows of y shuffled by `seed`: no structure left
     masked  miiii whose loss leaves out q in {2, 3, 5, 7}
     add     x0 + x1, no modulus, any p >= 5                            (Zhou et al. 2024)
+    n%6,n%10, or any moduli between commas, as miiii
     a formula in a = x0 and b = x1 mod p, or several between commas    (Furuta et al. 2024)
     """
     kind = 'number' if task == 'add' else 'prime'
     need(p >= 5 and (task == 'add' or p in primes_below(p + 1)), f'p must be a {kind} >= 5, and {p} is not')
+    of_n = task in ('miiii', 'basis', 'masked') or '%' in task
     n = torch.arange(p * p)
     x0, x1 = n % p, n // p
     if task == 'nanda':
         names, classes, y = [f'(x0 + x1) mod {p}'], [p], ((x0 + x1) % p)[:, None]
     elif task == 'add':
         names, classes, y = ['x0 + x1'], [2 * p - 1], (x0 + x1)[:, None]
-    elif task in TASKS:
-        classes = primes_below(p)
+    elif of_n:
+        classes = moduli(task, p) if '%' in task else primes_below(p)
         names, y = [f'n mod {q}' for q in classes], n[:, None] % torch.tensor(classes)
     else:
         formulas = task.split(',')
@@ -72,11 +74,21 @@ def make(task, p, seed=0, device='cpu'):
         y = y[torch.randperm(len(y), generator=generator)]
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
     need(in_loss.any(), f'task {task} leaves nothing to train on at p = {p}')
-    stride = dict(miiii=p, basis=p, masked=p, add=0).get(task, 1)
-    n_ops = 1 if task in TASKS else len(names)
+    stride = p if of_n else 0 if task == 'add' else 1
+    n_ops = 1 if of_n or task in TASKS else len(names)
     op = p + torch.arange(n_ops).repeat(p * p)
     x = torch.stack([x0.repeat_interleave(n_ops), x1.repeat_interleave(n_ops), op], 1)
     return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride, n_ops)
+
+
+def moduli(task, p):
+    """The list [6, 10] of "n%6,n%10"."""
+    parts = [re.fullmatch(r' *n *% *(\d{1,9}) *', part) for part in task.split(',')]
+    need(all(parts), f'{task[:200]!r}: a task with % is a list of moduli, as "n%6,n%10"')
+    found = [int(part[1]) for part in parts]
+    fine = len(set(found)) == len(found) and all(2 <= q <= p * p for q in found)
+    need(fine, f'{task[:200]!r}: moduli must differ and lie between 2 and p^2 = {p * p}')
+    return found
 
 
 def polynomial(formula, a, b, p):

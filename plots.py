@@ -71,7 +71,8 @@ def rows_of(run):
 
 
 def one_modulus(run):
-    return len(set(run.data.classes)) == 1
+    """Whether all waves are of one q, so that groups of neurons are of a k each."""
+    return len(analyze.wave_freqs(run.data.classes)[:, 0].unique()) == 1
 
 
 def panels(rows, columns, height, **how):
@@ -299,7 +300,7 @@ def waves(run):
     if one_modulus(run):
         stems(ax, k, share, carried, ylabel='share', ylim=(0, share.max() * 1.15))
         return fig
-    row = {modulus: i for i, modulus in enumerate(dict.fromkeys(run.data.classes))}
+    row = {modulus: i for i, modulus in enumerate(np.unique(q))}
     ax.scatter(k / q, [row[modulus] for modulus in q], s=80 * share.clip(0) / share.max(), marker='s',
                c=np.where(carried, 'k', 'w'), edgecolors='k', linewidths=0.3)
     ax.set(xlabel=f'k/q, cycles per number; the largest square is {share.max():.2%}', ylabel='q')
@@ -369,25 +370,27 @@ def circuits(run):
     theirs. A neuron is of the q of its wave, or of the k if there is one modulus."""
     a = run.arrays()
     names, sizes = a['groups'], a['group_sizes']
-    if one_modulus(run):
+    of = 'k' if one_modulus(run) else 'q'
+    if len(run.data.names) == 1:
         fig, ((ax,),) = panels(1, 1, 2.4)
         x = np.arange(len(names))
-        ax.bar(x - 0.2, a['necessary'][:, 0], 0.4, color=BLUE, label='without the neurons of k')
+        ax.bar(x - 0.2, a['necessary'][:, 0], 0.4, color=BLUE, label=f'without the neurons of {of}')
         ax.bar(x + 0.2, a['sufficient'][:, 0], 0.4, color=ORANGE, label='with no others')
-        ax.set_xticks(x, [f'{k}\n{size}' for k, size in zip(names, sizes)])
-        ax.set(xlabel='frequency k, and how many neurons it has', ylabel='accuracy', ylim=(0, 1.3))
+        ax.set_xticks(x, [f'{name}\n{size}' for name, size in zip(names, sizes)])
+        ax.set(xlabel=f'{of}, and how many neurons it has', ylabel='accuracy', ylim=(0, 1.3))
         ax.legend(loc='upper center', ncols=2)
         return fig
     fig, ((ax, count, alone),) = panels(1, 3, 5.2, width_ratios=(6, 1, 1), sharey=True)
     mesh = ax.imshow(a['necessary'], vmin=0, vmax=1, aspect='auto')
     y = np.arange(len(names))
     ax.set_yticks(y, names, fontsize=6)
-    ax.set_xticks(y, names, fontsize=6, rotation=90)
+    tasks = rows_of(run)
+    ax.set_xticks(range(len(tasks)), tasks, fontsize=6, rotation=90)
     ax.set(xlabel='task n mod q', ylabel='without the neurons of q')
     fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
     count.barh(y, sizes, color=BLUE)
     count.set(xlabel='neurons of q')
-    alone.barh(y, a['sufficient'].diagonal(), color=ORANGE)
+    alone.barh(y[:len(tasks)], a['sufficient'].diagonal(), color=ORANGE)
     alone.set(xlabel='accuracy of q\nwith no others', xlim=(0, 1))
     return fig
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -132,11 +133,12 @@ def normal(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize('task, p, classes, stride, targets', [
     ('miiii', 13, [2, 3, 5, 7, 11], 13, lambda a, b: [(a + 13 * b) % q for q in (2, 3, 5, 7, 11)]),
     ('masked', 13, [2, 3, 5, 7, 11], 13, lambda a, b: [(a + 13 * b) % q for q in (2, 3, 5, 7, 11)]),
+    (' n%6, n % 10', 7, [6, 10], 7, lambda a, b: [(a + 7 * b) % 6, (a + 7 * b) % 10]),
     ('nanda', 11, [11], 1, lambda a, b: [(a + b) % 11]),
     ('add', 12, [23], 0, lambda a, b: [a + b]),
     ('a + b,a*b-2, (a-b)^3', 7, [7] * 3, 1, lambda a, b: [(a + b) % 7, (a * b - 2) % 7, (a - b) ** 3 % 7])])
 def test_tokens_and_targets_by_brute_force(task, p, classes, stride, targets):
-    d, n_ops = data.make(task, p), 3 if ',' in task else 1
+    d, n_ops = data.make(task, p), 3 if '-' in task else 1
     pairs = [(x0, x1) for x1 in range(p) for x0 in range(p)]
     tokens = [[[*pair, p + o] for o in range(n_ops)] for pair in pairs]
     answers = [targets(*pair) for pair in pairs]
@@ -189,7 +191,7 @@ def test_formulas_by_brute_force():
     ('masked', 11, 'masked'), ('a+' * 100 + 'a', 5, '200'), *((text, 5, repr(text)) for text in (
         '2a', 'a b', 'ab', 'a^b', 'a^-1', 'a^2^3', 'a^1001', '(a+b', 'a+b)', '()', 'a+', 'b*+a', 'b*a(b)',
         'a***b', '0b1', '', 'other', 'a+c', 'a/b', 'a^1.5', 'a.real', '"a"', 'lambda: a', 'a if b', 'a²',
-        '__import__("os")', '٣*a', '0x1f', 'a\n#b', 'a[0]', 'a==b', 'True', 'a%b'))])
+        '__import__("os")', '٣*a', '0x1f', 'a\n#b', 'a[0]', 'a==b', 'True', 'a%b', 'n%4,n%4', 'n%1', 'n%0', 'n%26', 'n%6,abc', 'a+b,n%6', 'n%6,'))])
 def test_everything_else_is_no_data(task, p, named):
     with pytest.raises(data.Refusal) as refusal:
         data.make(task, p)
@@ -1127,7 +1129,7 @@ def test_a_hand_built_adder_loses_its_magnitude_or_its_parity():
 
 # ---------------------------------------------------------------- what is taken out
 
-def test_planted_groups_and_what_fails_without_them():
+def test_planted_groups_and_what_fails_without_them(monkeypatch):
     """Neurons and weights by hand over n < 121: n mod 5 and n mod 7 have neurons of their own, and "does 5
     divide n" reads those of the first. A constant neuron makes a network without waves say 0."""
     n, pairs, columns, W_U = torch.arange(121), [(5, 1), (5, 2), (7, 1), (7, 2), (7, 3)], [], []
@@ -1147,6 +1149,7 @@ def test_planted_groups_and_what_fails_without_them():
     found = dict(neuron_wave=torch.tensor(wave), neuron_wave_share=torch.tensor(share))
     acts, logits = dict(neurons=functional.pad(neurons, (0, 165))), neurons @ net.W_U[:11]
     m = SimpleNamespace(net=net, d=d, p=11, rows=data.split(121, 0.3), logits=logits, acts=acts)
+    monkeypatch.setattr(data, 'primes_below', lambda n: d.classes)
     out = analyze.circuits(m, found, draws=3)
     y = m.d.y[torch.cat(m.rows[1:])]
     a, b, divides = (y == torch.tensor([0, 0, 1])).float().mean(0).tolist()  # right without own neurons
@@ -1174,9 +1177,11 @@ def test_separations_owners_and_random_groups_in_known_cases():
         assert np.allclose(found, expected, atol=1e-6)
     gains = analyze.separations(torch.tensor([[1 / 2, 1], [1, 1 / 5]]), torch.tensor([0.95, 0.95]), [2, 5])
     assert gains.tolist() == pytest.approx([1 + 0.05 / 0.75, 1 + 0.05 / 0.45])  # the other task is better
-    wave, share = torch.tensor([[7, 1], [5, 2], [3, 1]]), torch.tensor([0.6, 0.5, 0.51])  # .5 is not above
-    assert analyze.owners(wave, share, False).tolist() == [7, 0, 3]
-    assert analyze.owners(wave, share, True).tolist() == [1, 0, 1]
+    wave, share = torch.tensor([[7, 1], [7, 2], [3, 1]]), torch.tensor([0.6, 0.5, 0.51])  # .5 is not above
+    for classes, of_each, names in (([7, 3], [7, 0, 3], [7, 3]), ([7], [1, 0, 1], [1]),
+                                    ([21, 7], [7, 0, 3], [21, 7, 3])):
+        owner, groups = analyze.groups_of(dict(neuron_wave=wave, neuron_wave_share=share), classes)
+        assert (owner.tolist(), groups) == (of_each, names)
     logits = torch.tensor([[1.0, 0, 2, 2, 0], [0, 1, 2, 2, 3], [0, 1, 3, 2, 2], [0, 1, 2, 2, 1]])  # a tie
     y = torch.tensor([[0, 1], [1, 2], [1, 1], [1, 2]])
     assert analyze.prime_accuracy(logits, y, [2, 3]) == 0.75
@@ -1315,6 +1320,33 @@ def test_bands_of_the_embedding_and_neurons_replaced():
     out = analyze.rebuilt(m, dict(neuron_wave=freqs[best]))
     _, _, own_wave, _, waves, _ = out['rebuilt_accuracies'][1].mean(1)
     assert waves > 0.98 > 0.9 > own_wave
+
+
+@torch.no_grad()
+def test_moduli_that_are_not_prime():
+    """Each fraction k/q once, in lowest terms: the answers of all moduli are combinations of these waves, and
+    these can be told apart. Where they cannot, as of too many moduli, that is refused."""
+    p, d = 13, data.make('n%6,n%10,n%15', 13)
+    freqs = analyze.wave_freqs(d.classes)
+    fractions = {Fraction(k, q) for q in d.classes for k in range(1, q // 2 + 1)}
+    assert freqs.tolist() == sorted([f.denominator, f.numerator] for f in fractions)
+    solver = analyze.wave_solver(p, d.classes, p)
+    basis = torch.cat([torch.ones(1, p * p), analyze.waves(p, d.classes, p)[:2].flatten(0, 1)]).T
+    for q, y in zip(d.classes, d.y.T):
+        answers = functional.one_hot(y, q).float()
+        fitted = basis @ torch.linalg.lstsq(basis, answers, driver='gelsd').solution
+        assert (fitted - answers).abs().max() < 1e-4
+    torch.manual_seed(0)
+    net = Transformer(p, 32, 2, sum(d.classes))
+    which = torch.randint(len(freqs), (128,))
+    a = (normal(4, 128, seed=1)[..., None] * analyze.waves(p, d.classes, p)[:, which]).sum(0).T
+    m = SimpleNamespace(net=net, d=d, p=p, rows=data.split(p * p, 0.4), solver=solver, acts=dict(neurons=a),
+                        logits=a @ net.W_out @ net.W_U)
+    losses = analyze.rebuilt(m, dict(neuron_wave=freqs[which]))['rebuilt_losses']
+    assert torch.allclose(losses[:, 2], losses[:, 0], rtol=1e-3)  # own waves are all there is
+    assert not torch.allclose(losses[:, 3], losses[:, 0], rtol=0.2)
+    with pytest.raises(data.Refusal, match='--spectra_every 0'):
+        analyze.wave_solver(p, [26], p)
 
 
 def test_when_waves_come():

@@ -42,7 +42,7 @@ def option(name, default, help, *choices):
     OPTIONS[name] = default, help, choices
 
 
-option('task', 'miiii', ', '.join(data.TASKS) + ', or formulas as "a^2+b,a*(b-1)"')
+option('task', 'miiii', ', '.join(data.TASKS) + ', formulas as "a^2+b,a*(b-1)", or moduli as "n%%6,n%%10"')
 option('p', 113, 'prime base, for add any number; the inputs are all p^2 pairs of digits')
 option('train_frac', 0.5, 'share of the pairs to train on')
 option('seed', 0, 'seed of initial weights and dropout')
@@ -88,7 +88,7 @@ DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 HOW = {'device', 'compile', 'out', 'resume', 'bench', 'sweep', 'sweep_space'}  # may differ on resume
 AT_MOST = dict(p=1000, train_frac=1, dropout=0.99, dropout_mlp=0.99, decay_from=1, alpha=1, focus=4,
                d_model=2 ** 14, epochs=10 ** 7)
-PRESETS = {}  # what each changes, by task; basis and masked have that of miiii, formulas one for all
+PRESETS = {}  # what each changes, by task; basis, masked and moduli have that of miiii, formulas one for all
 PRESETS['fast miiii'] = {}
 PRESETS['fast nanda'] = dict(train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000)
 PRESETS['fast formula'] = dict(p=97, train_frac=0.3, d_model=128, lr=1e-2, muon_decay=0.3, epochs=1000)
@@ -113,7 +113,8 @@ VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), 
 
 
 def recipe(preset, task):
-    kind = dict(miiii='miiii', basis='miiii', masked='miiii', nanda='nanda', add='add').get(task, 'formula')
+    known = dict(basis='miiii', masked='miiii') | {name: name for name in ('miiii', 'nanda', 'add')}
+    kind = known.get(task, 'miiii' if '%' in task else 'formula')
     need(f'{preset} {kind}' in PRESETS, f'no preset {preset} for {task}; there are {", ".join(PRESETS)}')
     return DEFAULTS | PRESETS[f'{preset} {kind}']
 
