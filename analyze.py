@@ -139,10 +139,10 @@ def outliers(W, draws=100):
 # ---------------------------------------------------------------- waves of the targets, over all p^2 inputs
 
 def wave_freqs(classes):
-    """The pairs (q, k), (B, 2), that the targets are made of, sorted: each fraction k/q up to 1/2 whose lowest
-    denominator q divides one of `classes`. Primes q have k = 1 .. q//2; the 29 tasks have B = 726."""
-    divisors = {q for modulus in set(classes) for q in range(2, modulus + 1) if modulus % q == 0}
-    return torch.tensor([(q, k) for q in sorted(divisors) for k in range(1, q // 2 + 1) if math.gcd(q, k) == 1])
+    """The pairs (q, k), (B, 2), that the targets are made of, sorted: each fraction k/q up to 1/2, in lowest
+    terms, whose q divides one of `classes`. Primes q have k = 1 .. q//2; the 29 tasks have B = 726."""
+    divisors = [q for q in range(2, max(classes) + 1) if any(modulus % q == 0 for modulus in classes)]
+    return torch.tensor([(q, k) for q in divisors for k in range(1, q // 2 + 1) if math.gcd(q, k) == 1])
 
 
 def waves(p, classes, stride):
@@ -376,7 +376,7 @@ def load_run(path, to=None):
         notes.append(f'{path} has no metrics.npz: no curves')
     if not snapshots and not shipped:
         notes.append(f'{path} has no weight snapshots: nothing over snapshots')
-    if o.get('init_from') and 0 not in snapshots:
+    if (o.get('init_from') or o.get('letters')) and 0 not in snapshots:
         notes.append(f'{path} lacks the weights it began with: its null is from before they were copied')
     weights = {name: w.float() for name, w in ckpt['model'].items()}  # shipped runs have them in float16
     name = Path(os.path.abspath(path)).name  # of '.', too
@@ -957,6 +957,41 @@ def arrivals(records, p, classes):
                 nearer, same = (less < -1e-9).sum(), (less.abs() <= 1e-9).sum() - 1
                 rank[i] = (nearer + same / 2) / (len(distance) - 1)
     return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_ranks=ranks)
+
+
+# ---------------------------------------------------------------- letters by design
+
+def design(n_bands, p, classes):
+    """An alphabet from number theory alone: bands of letters, (n_bands,) in turns over the p digits, that
+    spell waves of every q of `classes`. A wave is spelled if both of its letters lie within .8 of a band.
+    The search starts with the letters of the smallest q, and moves one band at a time to where the product
+    over q of (number of waves + .1) is largest. Refused where a q is left without a wave."""
+    freqs, places = wave_freqs(classes), torch.arange(1, p) / 2
+    distance = (letters(freqs, p)[..., None] - places).abs()                             # B 2 places
+    of_task = (freqs[:, 0] == torch.tensor(classes)[:, None]).double()                   # Q B
+
+    def waves(chosen):
+        return of_task @ (distance[..., chosen] < 0.8).any(2).all(1).double()
+
+    chosen = list(dict.fromkeys(distance.argmin(2).flatten().tolist()))[:n_bands]
+    for i in [*range(len(chosen))] * 5:
+        others = chosen[:i] + chosen[i + 1:]
+        free = sorted({*range(len(places))} - {*others})
+        chosen[i] = max(free, key=lambda place: (waves([*others, place]) + 0.1).log().sum())
+    without = [q for q, count in zip(classes, waves(chosen)) if count == 0]
+    need(not without, f'{n_bands} bands of letters spell no wave of {show(without)}; more are needed')
+    return places[chosen].sort().values
+
+
+def written(bands, p, width):
+    """W_E of the digits, (p, width), by hand: for each band cosine and sine of its middle and of half a turn
+    to either side, in random directions; a quarter of the power is noise. Its entries are as large as those
+    of a trained one (assets/miiii)."""
+    turns = (bands[:, None] + torch.tensor([-0.5, 0, 0.5])).flatten()
+    phases = 2 * torch.pi / p * torch.arange(p)[:, None] * turns
+    waves = functional.normalize(torch.cat([phases.cos(), phases.sin()], 1), dim=0)
+    W, noise = waves @ torch.randn(waves.shape[1], width), torch.randn(p, width)
+    return 0.148 * (0.75 ** 0.5 * W / W.square().mean().sqrt() + 0.25 ** 0.5 * noise)
 
 
 # ---------------------------------------------------------------- all measurements, the table

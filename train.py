@@ -56,7 +56,8 @@ option('dropout_mlp', 0.2, 'and after the MLP')
 option('dropout_mask', 'example', 'one mask per example, or one for the whole batch', 'example', 'batch')
 option('init_from', '', 'start from the weights of another run folder, or W_E from a .npy or .pt file')
 option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
-option('freeze', False, 'hold what was copied fixed')
+option('letters', 0, 'start from a W_E by design that holds so many bands of letters, as 14; 0 = at random')
+option('freeze', False, 'hold what was copied or designed fixed')
 option('optimizer', 'muon', 'adamw for all matrices, or muon for all but W_E and W_pos', 'adamw', 'muon')
 option('lr', 5e-3, 'learning rate of AdamW')
 option('weight_decay', 0.5, 'decoupled weight decay of AdamW')
@@ -172,7 +173,9 @@ def parse(argv):
         fine = isinstance(value, str) or least <= value <= most
         need(fine, f'--{name} must lie between {least} and {most}, not {value}')
     need(o.d_model % o.n_heads == 0, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
-    need(o.init_from or not o.freeze and o.copy == 'all', '--copy and --freeze go with --init_from')
+    need(o.init_from or o.copy == 'all', '--copy goes with --init_from')
+    need(o.init_from or o.letters or not o.freeze, '--freeze goes with --init_from or --letters')
+    need(not (o.init_from and o.letters), 'W_E is either from --init_from or by --letters')
     return o
 
 
@@ -213,8 +216,8 @@ def train(o):
 
     # model
     model = network(vars(o), d).to(o.device)
-    if o.init_from:
-        copy_weights(model, o)
+    if o.init_from or o.letters:
+        copy_weights(model, o, d)
     named = {name: w for name, w in model.named_parameters() if w.requires_grad}
     params = list(named.values())
     net = model
@@ -450,19 +453,25 @@ def snapshot_due(epoch, per_doubling):
     return epoch in (0, round(2 ** (steps / per_doubling)))
 
 
-def copy_weights(model, o):
-    """--init_from, --copy, --freeze: matrices of another run, or W_E of the digits from a file."""
+def copy_weights(model, o, d):
+    """--init_from, --copy, --letters, --freeze: matrices of another run, or W_E of the digits from a file or
+    by design."""
     source, ours = Path(o.init_from), model.state_dict()
     from_file = source.suffix in ('.npy', '.pt') and not source.is_dir()
     need(not from_file or o.copy != 'block', '--init_from with a file is for W_E: --copy embed')
     block = [name for name in ours if name.startswith(tuple(BLOCK))]
-    names = dict(embed=['W_E'], block=block, all=list(ours))['embed' if from_file else o.copy]
+    only_digits = from_file or o.letters
+    names = dict(embed=['W_E'], block=block, all=list(ours))['embed' if only_digits else o.copy]
     need(not o.freeze or len(names) < len(ours), '--freeze with --copy all leaves nothing to train')
     for name in names:
         model.get_parameter(name).requires_grad_(not o.freeze)
     if o.resume:  # it has its weights, and goes on without their source
         return
-    if from_file:
+    if o.letters:
+        need(d.stride == o.p, f'--letters is for tasks modulo numbers, as miiii, not {o.task}')
+        digits = analyze.written(analyze.design(o.letters, o.p, d.classes), o.p, o.d_model)
+        theirs = dict(W_E=torch.cat([digits, ours['W_E'][o.p:].cpu()]))
+    elif from_file:
         digits = data.load_matrix(source)
         fits = digits.shape == (o.p, o.d_model)
         need(fits, f'{source} is {[*digits.shape]}, and [p, d_model] = {[o.p, o.d_model]} is needed')
