@@ -54,9 +54,9 @@ def figure(takes, needs=''):
                 text = ' '.join((draw.__doc__ or draw.__name__).split())
                 if takes in ('one', 'any') and len(given) == 1:
                     text = f'{name_of(given[0])}, p = {given[0].p}, epoch {given[0].epoch:,}. {text}'
-                below = 1 - 0.22 / fig.get_figheight()
                 fig.suptitle(f'{message}\n', x=0.01, ha='left', parse_math=False)
-                fig.text(0.01, below, text, va='top', fontsize=7, color='0.3', parse_math=False)
+                fig.text(0.01, 1 - 0.22 / fig.get_figheight(), text, va='top', fontsize=7, color='0.3',
+                         parse_math=False, wrap=True)
                 return fig
         FIGURES[draw.__name__] = drawn, takes
         return drawn
@@ -151,8 +151,7 @@ def polar():
     fig, axes = panels(1, 3, 2.9, subplot_kw=dict(projection='polar'))
     for ax, (title, r) in zip(axes[0], picks.items()):
         ax.scatter(r % (2 * np.pi), r, s=1, c='k', linewidth=0)
-        ax.set(xticks=[], yticks=[], title=title)
-        ax.spines['polar'].set_visible(False)
+        ax.set(xticks=[], yticks=[], title=title, frame_on=False)
     return fig, 'Multiples of a number lie on spirals, primes where no such spiral runs'
 
 
@@ -361,11 +360,11 @@ def omega(run):
 
 @figure('one', 'tasks with a modulus')
 def clusters(run):
-    """How much of a neuron is its best wave, and how many have more than half in one, by its q or k."""
+    """How much of a neuron is its best wave, and how many neurons have more than half in one."""
     a, one = run.arrays(), one_modulus(run)
     fig, ((ax, bars),) = panels(1, 2, 2.7, width_ratios=(2, 3))
     by_wave, by_k = (np.sort(a[f'neuron_{by}_share'])[::-1] for by in ('wave', 'k'))
-    ax.plot(by_wave, c=BLUE, label='best wave (q, k), of what needs both digits')
+    ax.plot(by_wave, c=BLUE, label='best wave, of what needs both digits')
     ax.plot(by_k, c=ORANGE, ls='--', label='best frequency k/p of a digit, of all variance')
     ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.35), yticks=(0, 0.5, 1))
     ax.legend(loc='upper right')
@@ -380,7 +379,7 @@ def clusters(run):
 
 @figure('one', 'tasks of one operation with a modulus, once neurons hold waves')
 def circuits(run):
-    """Accuracy on unseen numbers with the neurons of one q or k, or all others, held at their means."""
+    """Accuracy on unseen numbers with one group of neurons, or all others, held at their means."""
     a = run.arrays()
     names, sizes = a['groups'], a['group_sizes']
     of = 'k' if one_modulus(run) else 'q'
@@ -469,7 +468,7 @@ def spelling(run):
     ax.plot(np.arange(len(accuracy)) + 1, accuracy, c=ORANGE, label='accuracy on unseen numbers')
     ax.set(xscale='log', xlabel='epoch + 1', ylabel='share that is nearer', xlim=(x.min() / 8, len(accuracy)))
     ax.legend(loc='upper left')
-    return fig, f'New waves are nearer to used letters than {1 - before[new].mean():.0%} of others (chance 50%)'
+    return fig, f'New waves are nearer to the letters in use than {1 - before[new].mean():.0%} of others'
 
 
 @figure('one', 'modular addition')
@@ -483,8 +482,8 @@ def mechanism(run):
     fig, ((ax, profile, losses),) = panels(1, 3, 3.3, width_ratios=(2, 2, 3))
     k = np.arange(1, len(fit) + 1)
     stems(ax, k, fit, np.isin(k, key), ylabel='share of the logits')
-    in_key, in_others = n['logits in key cosines'], n['logits in as many others']
-    ax.set_title(f'key {in_key:.0%}, as many others {in_others:.1%}')
+    in_key = n['logits in key cosines']
+    ax.set_title(f'key {in_key:.0%}, as many others {n["logits in as many others"]:.1%}')
     profile.plot(d, a['profile'], 'k.', ms=3, label='mean logit')
     cosines = np.cos(2 * np.pi * np.outer(d, key) / run.p) @ a['amplitude'][key - 1]
     profile.plot(d, cosines, c=ORANGE, label='key cosines', lw=0.8)
@@ -538,7 +537,7 @@ def pattern(run):
             extent = (-0.5, n // 2 + 0.5, -(n // 2) - 0.5, n - n // 2 - 0.5)
             spectrum.imshow(dft, cmap='Greys', norm=PowerNorm(0.5, 0), extent=extent, origin='lower')
             counts.append(analyze.effective(torch.from_numpy(dft) ** 2))
-            spectrum.set(xlabel='frequency across', ylabel='down', title=f'{counts[-1]:.0f} waves')
+            spectrum.set(xlabel='frequency across', ylabel='frequency down', title=f'{counts[-1]:.0f} waves')
     return fig, f'{rows_of(run)[0]} takes {counts[0]:.0f} waves by residue, {counts[1]:.0f} by logarithm'
 
 
@@ -738,9 +737,10 @@ def main(argv):
     if not jobs:
         refuse(f'{args.only} needs {what[FIGURES[args.only][1]]}')
     lacking = [draw_file(Path(folder, 'figures', name), draw, *given) for folder, name, draw, *given in jobs]
-    notes = [needs for needs in lacking if needs and args.only]
-    notes += [note for run in runs for note in run.notes]
-    notes += [f'{run.path} is at epoch 0: a run saves every 30 seconds' for run in runs if run.epoch == 0]
+    notes = [*{needs for needs in lacking if needs and args.only}]
+    if any(lacking):
+        notes += [note for run in runs for note in run.notes]
+        notes += [f'{run.path} is at epoch 0: a run saves every 30 seconds' for run in runs if run.epoch == 0]
     need('' in lacking, '; '.join(notes))
     for note in notes:
         say(f'note: {note}')
