@@ -127,7 +127,7 @@ def log_lines(ax, x, lines, **labels):
     for (name, y), (colour, dash, width) in zip(lines.items(), looks):
         ax.plot(x + 1, y, c=colour, ls=dash, lw=width, label=name, marker='.' if len(x) < 100 else '', ms=3)
     ax.set(xscale='log', xlabel='epoch + 1', **labels)
-    ax.legend()
+    ax.legend(loc='best')  # named, it gives no warning where it takes long
 
 
 def stems(ax, k, height, marked, **labels):
@@ -199,7 +199,7 @@ def periods(path):
     S = torch.linalg.svdvals(W)
     right.plot(np.arange(1, len(S) + 1), S, c=BLUE)
     right.set(xlabel='index', title='singular values', ylim=(0, None))
-    return fig, f'{Path(path).name}, {len(W)} by {W.shape[1]} numbers: {len(found) or "no"} periods stand out'
+    return fig, f'Periods that stand out of {Path(path).name}, {len(W)} by {W.shape[1]} numbers: {len(found) or "none"}'
 
 
 # ---------------------------------------------------------------- figures of one run
@@ -384,7 +384,7 @@ def circuits(run):
     names, sizes = a['groups'], a['group_sizes']
     of = 'k' if one_modulus(run) else 'q'
     low, most = a['necessary'].min(), a['sufficient'].max()
-    message = f'Without one group of neurons it has {low:.2f} at least, with one alone {most:.2f} at most'
+    message = f'Accuracy is at least {low:.2f} without one group of neurons, at most {most:.2f} with one alone'
     if len(run.data.names) == 1:
         fig, ((ax,),) = panels(1, 1, 2.4)
         x = np.arange(len(names))
@@ -421,7 +421,7 @@ def shared(run):
     accuracy, H = run.arrays()['heads'], run.config['n_heads']
     heads = [str(h) for h in range(H)] + [f'{h}, {i}' for h, i in itertools.combinations(range(H), 2)]
     names = rows_of(run)
-    fig, ((ax,),) = panels(1, 1, 1.4 + 0.16 * len(heads))
+    fig, ((ax,),) = panels(1, 1, 1.6 + 0.16 * len(heads))
     mesh = ax.imshow(accuracy, vmin=0, vmax=1, aspect='auto', interpolation='nearest')
     ax.set_yticks(range(len(heads)), heads, fontsize=6)
     ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90 if len(names) > 1 else 0)
