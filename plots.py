@@ -199,7 +199,7 @@ def periods(path):
     S = torch.linalg.svdvals(W)
     right.plot(np.arange(1, len(S) + 1), S, c=BLUE)
     right.set(xlabel='index', title='singular values', ylim=(0, None))
-    return fig, f'Periods that stand out of {Path(path).name}, {len(W)} by {W.shape[1]} numbers: {len(found) or "none"}'
+    return fig, f'Periods that stand out of the {len(W)} rows of {Path(path).name}: {len(found) or "none"}'
 
 
 # ---------------------------------------------------------------- figures of one run
@@ -384,7 +384,7 @@ def circuits(run):
     names, sizes = a['groups'], a['group_sizes']
     of = 'k' if one_modulus(run) else 'q'
     low, most = a['necessary'].min(), a['sufficient'].max()
-    message = f'Accuracy is at least {low:.2f} without one group of neurons, at most {most:.2f} with one alone'
+    message = f'Accuracy is at least {low:.2f} without a group of neurons, at most {most:.2f} with one alone'
     if len(run.data.names) == 1:
         fig, ((ax,),) = panels(1, 1, 2.4)
         x = np.arange(len(names))
