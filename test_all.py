@@ -1588,12 +1588,11 @@ SHOWN = [  # figure, a run, the numbers that it must show, of the run, its array
 def test_a_figure_shows_the_numbers(folders, name, of, expected):
     run, (draw, takes) = analyze.load_run(folders[of]), plots.FIGURES[name]
     found = [np.asarray(values) for values in drawn(draw(*[run] * (takes != 'none')))]
-    plots.plt.close('all')
     for i, values in enumerate(map(np.asarray, expected(run, run.arrays(), run.records))):
         assert any(x.shape == values.shape and np.allclose(x, values, atol=1e-5) for x in found), i
 
 
-def test_every_figure_is_drawn_or_told(folders, tmp_path, monkeypatch, capsys):
+def test_every_figure_is_drawn_or_told(folders, tmp_path, monkeypatch, capsys, fault):
     monkeypatch.chdir(tmp_path)
     np.save('W.npy', normal(50, 8))
     runs, lacking = {name: analyze.load_run(folders[name]) for name in ('miiii', 'nanda', 'sums')}, set()
@@ -1605,7 +1604,7 @@ def test_every_figure_is_drawn_or_told(folders, tmp_path, monkeypatch, capsys):
             continue
         for ax in fig.axes:
             assert [*ax.collections, *ax.lines, *ax.patches, *ax.images] or not ax.axison, figure
-        plots.plt.close(fig)
+    assert not plots.plt.get_fignums()  # a notebook shows no figure twice
     assert {('miiii', 'mechanism'), ('sums', 'circuits')} <= lacking
     assert {figure for name, figure in lacking if name == 'nanda'} == {'alphabet', 'spelling'}
     r, lines = runs['miiii'].records, plots.curves(runs['miiii']).axes[0].lines
@@ -1619,7 +1618,10 @@ def test_every_figure_is_drawn_or_told(folders, tmp_path, monkeypatch, capsys):
              'to/miiii/figures/positional')
     for kind in ('png', 'svg'):
         assert {str(file) for file in Path().rglob(f'*.{kind}')} == {f'{file}.{kind}' for file in drawn}
-    assert sum('pattern' in line and 'miiii' in line for line in printed.splitlines()) == 1  # it is told
+    assert 'note' not in printed  # what is not for a task is told of only if it is asked for
+    assert 'pattern' in fault(plots, folders['miiii'], '--only', 'pattern')
+    printed = output_of(capsys, plots, folders['miiii'], folders['formulas'], '--only', 'pattern')
+    assert [line.split()[:2] for line in printed.splitlines() if 'note' in line] == [['note:', 'pattern']]
 
 
 # ---------------------------------------------------------------- nothing lost, nothing assumed
