@@ -694,6 +694,18 @@ def density(*runs):
     return fig, f'W_L ends with an FFD of {of_each(runs, "W_L FFD")}; that of Gaussian numbers is near 1'
 
 
+@figure('any', 'runs with records')
+def progress(*runs):
+    """Accuracy on unseen numbers (validation), mean of all tasks, of each run through training."""
+    fig, ((ax,),) = panels(1, 1, 2.8)
+    for run in runs:
+        ax.plot(run.records['epoch'] + 1, run.records['valid_acc'].mean(1), label=run.name)
+    ax.set(xlabel='epoch + 1', ylabel='accuracy', ylim=(0, 1.02))
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    ends = ', '.join(f'{run.records["valid_acc"][-1].mean():.2f}' for run in runs)
+    return fig, f'At the end the mean accuracy on unseen numbers is {ends}'
+
+
 # ---------------------------------------------------------------- files
 
 def draw_file(file, draw, *args):
