@@ -1113,42 +1113,42 @@ SENTENCES = [
     'giving the commonest answer would be right on {accuracy, unseen, of the commonest answer} of them.',
     'These are means over {several} tasks. {tasks trained} of the tasks are trained, and the number of '
     'those that reach .99 on unseen {things} is {tasks at .99, unseen}.',
-    'Of the unseen {things} {rows, unseen, nor swapped} were not trained on with their digits swapped '
-    'either. Of these it is right on {accuracy, unseen, nor swapped}.',
+    'On {rows, unseen, nor swapped} unseen pairs that were not trained on with the digits swapped either, '
+    'it is right on {accuracy, unseen, nor swapped}.',
     'No task has grokked, that is, come to {bar} on what it never saw. On the {rows, train} {things} that '
     'it was trained on it is right on {accuracy, train}.',
-    '{n keys} key frequencies k stand out in its logits as cos(2 pi k (x0 + x1 - c) / {p}), where c is the '
+    '{n keys} key frequencies k stand out in its logits as cos(2 pi k (x0 + x1 - c) / {p}), c being the '
     'answer. They make {logits in key cosines} of the variance of the logits, as many others {logits in as '
     'many others}.',
-    'With these {n keys} alone the loss is {restricted loss} (restricted loss), without them {excluded loss} '
-    '(excluded loss). As it is the loss is {loss on all inputs}, and by uniform guessing {guessing}.',
-    'As waves over the numbers, its embedding W_E holds in effect {W_E effective frequencies} of {half} '
-    'frequencies, and before training {start W_E effective frequencies}. Over discrete logarithms, which '
-    'turn products into sums, it holds {W_E effective frequencies by logarithm}, and before training '
+    'With these {n keys} alone the loss is {restricted loss} (restricted loss), without them {excluded '
+    'loss} (excluded loss). As it is the loss is {loss on all inputs}, and by uniform guessing {guessing}.',
+    'Seen as waves over the numbers, its embedding W_E holds in effect {W_E effective frequencies} of '
+    '{half} frequencies, and before training {start W_E effective frequencies}. Over discrete logarithms, '
+    'which turn products into sums, it holds {W_E effective frequencies by logarithm}, and before training '
     '{start W_E effective frequencies by logarithm}.',
-    '{pure neurons} of {neurons that vary} neurons hold one wave: a cosine of 2 pi k {turns} and its twin '
-    'with -x1 for x1 make more than half of what needs both digits. Before training {start pure neurons} '
+    '{pure neurons} of {neurons that vary} neurons hold one wave: a cosine of {turns}, with its twin that '
+    'has -x1 for x1, makes more than half of what needs both digits. Before training {start pure neurons} '
     'of {start neurons that vary} do.',
-    'Without the neurons of its own waves a task falls to {own task without its group}, while the others '
-    'keep {other tasks without it}. These are means over the {tasks learned} tasks that it has learned.',
+    'Without the neurons that hold its own waves a task is right on {own task without its group}, and the '
+    'other tasks on {other tasks without it}: means over the {tasks learned} tasks that it has learned.',
     'The separation of these neurons is {separation}: it is 1 where no other task suffers, and 0 where one '
-    'suffers as much. Random neurons as strong have at most {separation, as strong random neurons: least, '
-    'most[1]}.',
+    'suffers as much. Random neurons that write as much have at most {separation, as strong random '
+    'neurons: least, most[1]}.',
     'A wave has a frequency over each digit, its two letters. Those of the {waves of q > 7} waves of q > 7 '
     'that the neurons carry span {dimensions of their letters} dimensions, those of as many waves at '
     'random {dimensions of their letters, by chance[1]}.',
     'With each neuron replaced by what one digit says and its own wave, it is right on {neurons as one '
     'digit, own wave[0]} of the unseen; with a wave of another k, on {neurons as one digit, a wave of '
     'another k[0]}.',
-    'It is off by at most 2 on {filtered: nothing[1]}, and by at most 10 on {filtered: nothing[2]}. Always '
-    'saying {middle} is so on {near it[0]} and {near it[1]}.',
+    'It is off by at most 2 on {filtered: nothing[1]} of the unseen, by at most 10 on {filtered: '
+    'nothing[2]}. Always saying {middle} would be so on {near it[0]} and {near it[1]}.',
     'As waves over the {sums} answers, what the MLP writes has low frequencies, up to {tau, the highest '
     'low frequency}, and high ones. Without the low ones it is right on {filtered: low from MLP[0]}, '
     'without as many random directions on {filtered: low from MLP, random[0]}. Without the high ones it is '
     'right on {filtered: high from MLP[0]}, without as many random directions on {filtered: high from MLP, '
     'random[0]}.',
-    'Among the waves over the numbers 0 to {middle} in its embedding W_E, those of these periods stand '
-    'out: {W_E periods that stand out}. Before training it is these: {start W_E periods that stand out}.']
+    'Among the waves over the numbers 0 to {middle} in its embedding W_E those of these periods stand out: '
+    '{W_E periods that stand out}. Before training it is these: {start W_E periods that stand out}.']
 
 
 def spoken(x):
@@ -1166,8 +1166,8 @@ def sentences(numbers):
     p, task, final = numbers['config']['p'], numbers['config']['task'], numbers['final']
     of_n = '%' in task or task in ('miiii', 'basis', 'masked')
     known = {f'start {name}': value for name, value in numbers['initial'].items()} | final
-    known |= {'p': p, 'half': p // 2, 'guessing': math.log(p), 'things': 'numbers' if of_n else 'pairs',
-              'turns': 'n / q' if of_n else f'(x0 + x1) / {p}'}
+    turns = f'2 pi k n / q for one q and k, n = x0 + {p} x1' if of_n else f'2 pi k (x0 + x1) / {p} for one k'
+    known |= dict(p=p, half=p // 2, guessing=math.log(p), things='numbers' if of_n else 'pairs', turns=turns)
     if final.get('key frequencies'):
         known['n keys'] = len(final['key frequencies'])
     if final.get('tasks', 1) > 1:
@@ -1207,7 +1207,6 @@ def table(numbers):
     return '\n\n'.join(text)
 
 
-LABELS = Path(__file__).parent / 'assets' / 'report.md'
 RUNS = Path(__file__).parent / 'assets' / 'runs.csv'  # a row for each run that README and report tell of
 
 
@@ -1263,7 +1262,7 @@ def main(argv):
         run.known = take_apart(run)
         told = [textwrap.fill(text, 100, subsequent_indent='  ') for text in sentences(run.known[0])]
         say('\n'.join([f'{path}', *told, '', table(run.known[0])]))
-        say(f'\nevery label is defined in {LABELS}, section Labels\n'
+        say(f'\nevery label is defined in {RUNS.with_name("report.md")}, section Labels\n'
             f'all of it is in {run.to}/analysis.json and analysis.npz\n')
         for note in run.notes:
             say(f'note: {note}')
