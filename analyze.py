@@ -1,12 +1,12 @@
 """From a run folder to numbers: what the weights and activations of a trained model hold. It trains nothing.
 
-    python analyze.py out/miiii [out/nanda ...]   # a table; analysis.json and .npz in the run's folder
+    python analyze.py out/miiii [out/nanda ...]   # sentences, a table; analysis.json and .npz in its folder
     python analyze.py out/miiii --cut 17,23       # what is right without the neurons of some q
     python analyze.py out/miiii --record          # append what the run came to to assets/runs.csv
     python analyze.py --embedding numbers.npy     # any matrix with a row per number: periods that stand out
 
 A measurement is a function of a network that returns a dict; MEASUREMENTS, near the end, lists them. Beside
-each number stands its null, the same number before training.
+each number stands its null, the same number before training. assets/report.md defines every label.
 """
 import argparse
 import contextlib
@@ -15,8 +15,10 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
+import textwrap
 import time
 from itertools import combinations
 from pathlib import Path
@@ -447,7 +449,6 @@ def neurons(m):
     out['active bins of a neuron'] = bins
     out['active frequencies of a neuron, averaged'] = averaged
     out['waves (q, k) carried'] = has.sum().item()
-    out['waves carried, effective number'] = effective(layer[0].clamp(min=0))
     out['moduli q carried'] = len(freqs[has, 0].unique())
 
     k_share, k_best = best_frequency(dft, total)
@@ -468,12 +469,24 @@ def neurons(m):
     return out | arrays | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)              # 4 x0 x1
 
 
-def performance(m):
-    """Loss and accuracy of each task on training and validation rows, without dropout."""
-    train_loss, train_acc = task_losses(m.logits[m.rows[0]], m.d.y[m.rows[0]], m.d.classes)
-    valid_loss, valid_acc = task_losses(m.logits[m.rows[1]], m.d.y[m.rows[1]], m.d.classes)
-    return dict(train_losses=train_loss, train_accuracies=train_acc, valid_losses=valid_loss,
-                valid_accuracies=valid_acc)
+def answers(m):
+    """Loss and accuracy of each task, without dropout, on training, validation and all unseen rows; where
+    most tasks let the digits be swapped, also on unseen rows that were not trained on swapped either."""
+    y, (train, valid, _), unseen = m.d.y, m.rows, unseen_rows(m)
+    rows = dict(train=train, valid=valid, unseen=unseen)
+    swapped = torch.arange(m.p ** 2).view(m.p, m.p).T.flatten()
+    neither = unseen[~torch.isin(swapped[unseen], train)]
+    if (y == y[swapped]).all(0).double().mean() >= 0.5 and len(neither):
+        rows['unseen, nor swapped'] = neither
+    found = {'tasks': len(m.d.names), 'tasks trained': m.d.in_loss.sum().item()}
+    for name, some in rows.items():
+        losses, right = task_losses(m.logits[some], y[some], m.d.classes)
+        found |= {f'{name}_losses': losses, f'{name}_accuracies': right}
+        found |= {f'rows, {name}': len(some), f'accuracy, {name}': right.mean().item()}
+    found['tasks at .99, unseen'] = (found['unseen_accuracies'] >= 0.99).sum().item()
+    commonest = y[unseen] == y[train].mode(0).values
+    found['accuracy, unseen, of the commonest answer'] = commonest.double().mean().item()
+    return found
 
 
 # ---------------------------------------------------------------- addition modulo p
@@ -532,8 +545,6 @@ def polynomials(m):
         for rows, key, by in ((W, name, ''), (W[by_log], f'{name}_mult', ' by logarithm')):
             cos_and_sin = cos_sin(rows).norm(dim=2)                                      # 2 n//2
             norms = cos_and_sin.square().sum(0).sqrt()
-            key_frequencies = (norms > threshold(norms)).nonzero().flatten() + 1
-            out[f'{name} key frequencies{by}'] = key_frequencies.tolist()
             out[f'{name} effective frequencies{by}'] = effective(norms.square())
             out[f'{name} Gini{by}'] = gini(norms)
             out[f'{key}_cos_sin'] = cos_and_sin
@@ -932,7 +943,7 @@ def rebuilt(m, of_neurons):
     per_ln_q = (found['rebuilt_losses'] / torch.tensor(d.classes).log()).mean(2)
     for i, name in enumerate(values):
         acc = found['rebuilt_accuracies'][1, i]
-        found[f'neurons as {name}: accuracy, tasks at .99; loss / ln q, in training'] = [
+        found[f'neurons as {name}'] = [
             acc.mean().item(), (acc >= 0.99).sum().item(), *per_ln_q[:, i].flip(0).tolist()]
     return found
 
@@ -997,28 +1008,28 @@ def written(bands, p, width):
 # ---------------------------------------------------------------- all measurements, the table
 
 ALWAYS = 'final initial snapshots'
-MEASUREMENTS = {  # which networks it is for (see `measure`), at which moments, after which others
-    embedding: ('any', ALWAYS),
-    positions: ('any', ALWAYS),
-    attention: ('any', ALWAYS),
-    neurons: ('waves', ALWAYS),
-    polynomials: ('mod p', ALWAYS),
-    mechanism: ('one sum', ALWAYS),
-    performance: ('any', ALWAYS),
-    outputs: ('one set of classes', 'final initial'),
-    filters: ('one set of classes', 'final'),
-    circuits: ('waves, one operation', 'final', neurons),
-    alphabet: ('waves of several q', 'final', neurons),
-    rebuilt: ('waves of several q', 'final', neurons),
-    shared: ('waves, one operation', 'final')}
+MEASUREMENTS = {  # heading, which networks it is for (see `measure`), at which moments, after which others
+    answers: ('answers', 'any', ALWAYS),
+    embedding: ('embedding', 'any', ALWAYS),
+    positions: ('embedding', 'any', ALWAYS),
+    attention: ('attention', 'any', ALWAYS),
+    neurons: ('neurons', 'waves', ALWAYS),
+    polynomials: ('W_E and W_L as waves, by numbers and by logarithms', 'mod p', ALWAYS),
+    mechanism: ('key frequencies of the logits', 'one sum', ALWAYS),
+    outputs: ('logits of each component', 'one set of classes', 'final initial'),
+    filters: ('frequencies of the logits filtered', 'one set of classes', 'final'),
+    circuits: ('circuits', 'waves, one operation', 'final', neurons),
+    alphabet: ('letters', 'waves of several q', 'final', neurons),
+    rebuilt: ('neurons replaced', 'waves of several q', 'final', neurons),
+    shared: ('attention', 'waves, one operation', 'final')}
 # the arrays that are kept of every moment
 SMALL = ('W_E_norms', 'spectrum', 'train_losses', 'train_accuracies', 'valid_losses', 'valid_accuracies')
 
 
 @torch.no_grad()
 def measure(run, weights, moment, solver, key=None):
-    """All MEASUREMENTS of the weights of one moment: numbers and short lists; arrays. key: the final weights'
-    key frequencies, None to find them."""
+    """All MEASUREMENTS of the weights of one moment: numbers and short lists; arrays; the labels of the
+    numbers by heading. key: the final weights' key frequencies, None to find them."""
     logits, acts = run.forward(weights)
     d, p = run.data, run.p
     m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
@@ -1030,15 +1041,18 @@ def measure(run, weights, moment, solver, key=None):
     kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
              'one sum': one_sum, 'waves, one operation': solver is not None and d.n_ops == 1,
              'waves of several q': solver is not None and len(set(d.classes)) > 1}
-    found, results = {}, {}
-    for measurement, (kind, moments, *earlier) in MEASUREMENTS.items():
+    found, results, headings = {}, {}, {}
+    for measurement, (heading, kind, moments, *earlier) in MEASUREMENTS.items():
         if kinds[kind] and moment in moments.split():
-            results[measurement] = measurement(m, *(results[other] for other in earlier))
-            found |= results[measurement]
+            some = results[measurement] = measurement(m, *(results[other] for other in earlier))
+            new = [name for name in some if not isinstance(some[name], torch.Tensor) and name not in found]
+            if new:
+                headings.setdefault(heading, []).extend(new)
+            found |= some
     # the next weights go into the same memory, so arrays are copied
     arrays = {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in found.items() if name not in arrays}
-    return numbers, arrays
+    return numbers, arrays, headings
 
 
 def over_snapshots(run, solver, key):
@@ -1047,7 +1061,7 @@ def over_snapshots(run, solver, key):
     began = time.perf_counter()
     moments = run.snapshots | {run.epoch: run.weights}
     for i, (epoch, weights) in enumerate(moments.items()):
-        numbers, arrays = measure(run, weights, 'snapshots', solver, key)
+        numbers, arrays, _ = measure(run, weights, 'snapshots', solver, key)
         some = {name: arrays[name].numpy() for name in SMALL if name in arrays}
         for name, value in (numbers | some | dict(epoch=epoch)).items():
             if 'key frequencies' not in name and 'periods' not in name:  # lists of any length
@@ -1069,9 +1083,9 @@ def take_apart(run):
             solver = wave_solver(run.p, d.classes, d.stride)
     except data.Refusal as e:
         run.notes.append(f'nothing about neurons: {e}')
-    final, arrays = measure(run, run.weights, 'final', solver)
+    final, arrays, headings = measure(run, run.weights, 'final', solver)
     key = final.get('key frequencies')
-    initial, start = measure(run, run.initial, 'initial', solver, key)
+    initial, start, _ = measure(run, run.initial, 'initial', solver, key)
     of_start = start.keys() & {'singular_values', 'wave_shares', *SMALL}
     arrays |= {f'{name}_initial': start[name] for name in sorted(of_start)}
     arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
@@ -1080,35 +1094,117 @@ def take_apart(run):
         ranks = came['arrival_ranks'][:, came['arrival_ranks'][0] >= 0]
         if ranks.numel():
             arrays |= came
-            final['share of the waves of a q nearer to the letters before a new one, after it'] = (
-                ranks.mean(1).tolist())
+            name = 'share of the waves of a q nearer to the letters before a new one, after it'
+            final[name] = ranks.mean(1).tolist()
+            headings['letters'].append(name)
     arrays |= over_snapshots(run, solver, key) if run.snapshots else run.shipped
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial)
+    numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, headings=headings)
     run.net.load_state_dict(run.weights)
     write(run.to / 'analysis.npz', lambda f: np.savez(f, **arrays))
     write(run.to / 'analysis.json', lambda f: f.write(json.dumps(numbers, indent=1).encode()))
     return numbers, arrays
 
 
+# What is said of a run if each number in it is known. In braces stands its label, after "start" for that
+# before training, with [i] for one of a list. `sentences` makes some that are known of some runs only.
+SENTENCES = [
+    'It is right on {accuracy, unseen} of {rows, unseen} {things} that it never saw in training. Always '
+    'giving the commonest answer would be right on {accuracy, unseen, of the commonest answer} of them.',
+    'These are means over {several} tasks. {tasks trained} of the tasks are trained, and the number of '
+    'those that reach .99 on unseen {things} is {tasks at .99, unseen}.',
+    'On {rows, unseen, nor swapped} unseen pairs that were not trained on with the digits swapped either, '
+    'it is right on {accuracy, unseen, nor swapped}.',
+    'No task has grokked, that is, come to {bar} on what it never saw. On the {rows, train} {things} that '
+    'it was trained on it is right on {accuracy, train}.',
+    '{n keys} key frequencies k stand out in its logits as cos(2 pi k (x0 + x1 - c) / {p}), c being the '
+    'answer. They make {logits in key cosines} of the variance of the logits, as many others {logits in as '
+    'many others}.',
+    'With these {n keys} alone the loss is {restricted loss} (restricted loss), without them {excluded '
+    'loss} (excluded loss). As it is the loss is {loss on all inputs}, and by uniform guessing {guessing}.',
+    'Seen as waves over the numbers, its embedding W_E holds in effect {W_E effective frequencies} of '
+    '{half} frequencies, and before training {start W_E effective frequencies}. Over discrete logarithms, '
+    'which turn products into sums, it holds {W_E effective frequencies by logarithm}, and before training '
+    '{start W_E effective frequencies by logarithm}.',
+    '{pure neurons} of {neurons that vary} neurons hold one wave: a cosine of {turns}, with its twin that '
+    'has -x1 for x1, makes more than half of what needs both digits. Before training {start pure neurons} '
+    'of {start neurons that vary} do.',
+    'Without the neurons that hold its own waves a task is right on {own task without its group}, and the '
+    'other tasks on {other tasks without it}: means over the {tasks learned} tasks that it has learned.',
+    'The separation of these neurons is {separation}: it is 1 where no other task suffers, and 0 where one '
+    'suffers as much. Random neurons that write as much have at most {separation, as strong random '
+    'neurons: least, most[1]}.',
+    'A wave has a frequency over each digit, its two letters. Those of the {waves of q > 7} waves of q > 7 '
+    'that the neurons carry span {dimensions of their letters} dimensions, those of as many waves at '
+    'random {dimensions of their letters, by chance[1]}.',
+    'With each neuron replaced by what one digit says and its own wave, it is right on {neurons as one '
+    'digit, own wave[0]} of the unseen; with a wave of another k, on {neurons as one digit, a wave of '
+    'another k[0]}.',
+    'It is off by at most 2 on {filtered: nothing[1]} of the unseen, by at most 10 on {filtered: '
+    'nothing[2]}. Always saying {middle} would be so on {near it[0]} and {near it[1]}.',
+    'As waves over the {sums} answers, what the MLP writes has low frequencies, up to {tau, the highest '
+    'low frequency}, and high ones. Without the low ones it is right on {filtered: low from MLP[0]}, '
+    'without as many random directions on {filtered: low from MLP, random[0]}. Without the high ones it is '
+    'right on {filtered: high from MLP[0]}, without as many random directions on {filtered: high from MLP, '
+    'random[0]}.',
+    'Among the waves over the numbers 0 to {middle} in its embedding W_E those of these periods stand out: '
+    '{W_E periods that stand out}. Before training it is these: {start W_E periods that stand out}.']
+
+
+def spoken(x):
+    """A number as a sentence has it: .998, 1.0, 8,938, 3e-7. Less than 1 is not rounded up to 1."""
+    if not isinstance(x, float):
+        return ', '.join(map(spoken, x)) or 'none' if isinstance(x, list) else show(x)
+    if 0.9995 <= x < 1.0005:
+        return '1.0' if x > 0.999999 else f'.{int(1e4 * x)}'
+    text = f'{x:.0e}' if 0 < abs(x) < 0.001 else f'{x:.2g}' if abs(x) < 0.1 else f'{x:.3g}'
+    return re.sub(r'\b0\.', '.', text).replace('e-0', 'e-')
+
+
+def sentences(numbers):
+    """What a run came to: a list of SENTENCES with the numbers of `take_apart`, each beside its null."""
+    p, task, final = numbers['config']['p'], numbers['config']['task'], numbers['final']
+    of_n = '%' in task or task in ('miiii', 'basis', 'masked')
+    known = {f'start {name}': value for name, value in numbers['initial'].items()} | final
+    turns = f'2 pi k n / q for one q and k, n = x0 + {p} x1' if of_n else f'2 pi k (x0 + x1) / {p} for one k'
+    known |= dict(p=p, half=p // 2, guessing=math.log(p), things='numbers' if of_n else 'pairs', turns=turns)
+    if final.get('key frequencies'):
+        known['n keys'] = len(final['key frequencies'])
+    if final.get('tasks', 1) > 1:
+        known['several'] = final['tasks']
+    if final.get('tasks at .99, unseen') == 0:
+        known['bar'] = 0.99
+    if task == 'add':
+        near = [((2 * t + 1) * p - t * (t + 1)) / p ** 2 for t in (2, min(10, p - 1))]
+        known |= {'middle': p - 1, 'near it': near, 'sums': 2 * p - 1}
+    known |= {f'{name}[{i}]': one for name, value in known.items() if isinstance(value, list)
+              for i, one in enumerate(value)}
+    return [re.sub('{(.+?)}', lambda label: spoken(known[label[1]]), text) for text in SENTENCES
+            if known.keys() >= set(re.findall('{(.+?)}', text))]
+
+
+TABLES = {'filtered': RATES, 'neurons as': ('accuracy', 'tasks at .99', 'loss / ln q', 'in training')}
+
+
 def table(numbers):
-    """The numbers of a run as text, beside their values at initialisation; lists below."""
+    """The numbers of a run as text, a table for each heading, beside their values at initialisation."""
     o, final, initial = numbers['config'], numbers['final'], numbers['initial']
-    rows = [[f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}', 'now',
-             'at initialisation']]
-    lists, filtered = [], []
-    for name, value in final.items():
-        if not isinstance(value, list):
-            rows.append([name, value, initial.get(name)])
-        elif name.startswith('filtered'):
-            filtered.append([name, *value])
-        else:
-            has_null = name in initial and name != 'key frequencies'  # those are the final ones
-            then = f' (at initialisation {show(initial[name])})' if has_null else ''
-            lists.append(f'{name}: {show(value)}{then}')
-    if filtered:
-        lists.append(aligned([['', *RATES], *filtered]))
-    return '\n'.join([aligned(rows), '', *lists])
+    text = [f'{o["task"]}, p = {o["p"]}, D = {o["d_model"]}, epoch {numbers["epoch"]:,}']
+    for heading, names in numbers['headings'].items():
+        rows, lists = [[heading, 'now', 'at initialisation']], []
+        for name in names:
+            value = final[name]
+            if not isinstance(value, list):
+                rows.append([name, value, initial.get(name)])
+            elif not name.startswith(tuple(TABLES)):
+                has_null = name in initial and name != 'key frequencies'  # those are the final ones
+                then = f' (at initialisation {show(initial[name])})' if has_null else ''
+                lists.append(f'{name}: {show(value)}{then}')
+        for kind, columns in TABLES.items():
+            of_kind = [[name, *final[name]] for name in names if name.startswith(kind)]
+            lists += [aligned([['', *columns], *of_kind])] if of_kind else []
+        text.append('\n'.join([aligned(rows), *lists]))
+    return '\n\n'.join(text)
 
 
 RUNS = Path(__file__).parent / 'assets' / 'runs.csv'  # a row for each run that README and report tell of
@@ -1164,7 +1260,10 @@ def main(argv):
             say(f'{path} is a row of {RUNS} now')
             continue
         run.known = take_apart(run)
-        say(f'{path}\n{table(run.known[0])}\nall of it is in {run.to}/analysis.json and analysis.npz\n')
+        told = [textwrap.fill(text, 100, subsequent_indent='  ') for text in sentences(run.known[0])]
+        say('\n'.join([f'{path}', *told, '', table(run.known[0])]))
+        say(f'\nevery label is defined in {RUNS.with_name("report.md")}, section Labels\n'
+            f'all of it is in {run.to}/analysis.json and analysis.npz\n')
         for note in run.notes:
             say(f'note: {note}')
     if args.embedding:

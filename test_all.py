@@ -925,7 +925,6 @@ def test_a_character_is_one_line_in_one_basis_and_flat_in_the_other():
     net = SimpleNamespace(W_out=plane, W_E=characters(31, [4], plane), W_U=characters(31, [7], plane).T)
     out = analyze.polynomials(SimpleNamespace(p=31, net=net, d=SimpleNamespace(n_ops=2), logits=logits))
     for name, k in (('W_E', 4), ('W_L', 7)):
-        assert out[f'{name} key frequencies by logarithm'] == [k]
         assert out[f'{name} effective frequencies by logarithm'] == pytest.approx(1)
         assert out[f'{name} effective frequencies'] == pytest.approx(15)
         assert out[f'{name} Gini by logarithm'] > 0.9 and out[f'{name} Gini'] < 1e-6
@@ -1445,6 +1444,99 @@ def test_analysis_of_a_run(folders, tmp_path, capsys):
         for name, values in recorded.items():
             assert np.allclose(a[f'snapshot_{name}'][epochs.index(epoch)], values[row], atol=1e-4), name
     assert np.allclose(a['wave_shares_initial'][0], m['sum_power'][0] / (total - alone)[0], atol=1e-3)
+
+
+def test_answers_by_brute_force():
+    """Of random logits: rows that were trained on, others, and others whose swapped pair is one, too."""
+    d, rows, logits = data.make('a*b,a+b', 7), data.split(49, 0.5), normal(49, 14)
+    out = analyze.answers(SimpleNamespace(p=7, d=d, rows=rows, logits=logits))
+    trained, unseen = ([(n % 7, n // 7) for n in some.tolist()] for some in (rows[0], torch.cat(rows[1:])))
+    neither = [(a, b) for a, b in unseen if (b, a) not in trained]
+    tasks = (lambda a, b: a * b % 7, lambda a, b: (a + b) % 7)
+    for of, pairs in {'train': trained, 'unseen': unseen, 'unseen, nor swapped': neither}.items():
+        right = [logits[a + 7 * b, 7 * i:7 * i + 7].argmax() == task(a, b)
+                 for i, task in enumerate(tasks) for a, b in pairs]
+        assert out[f'rows, {of}'] == len(pairs)
+        assert out[f'accuracy, {of}'] == pytest.approx(np.mean(right))
+    assert 0 < len(neither) < len(unseen) and out['tasks'] == out['tasks trained'] == 2
+    counts = [Counter(task(*pair) for pair in trained) for task in tasks]
+    guesses = [min(c for c in count if count[c] == max(count.values())) for count in counts]
+    right = [task(*pair) == guess for task, guess in zip(tasks, guesses) for pair in unseen]
+    assert out['accuracy, unseen, of the commonest answer'] == pytest.approx(np.mean(right))
+    logits[torch.arange(49), d.y[:, 0]] = 9
+    for task, logits, solved in (('a*b,a+b', logits, 1), ('a-b', logits[:, :7], 0)):
+        out = analyze.answers(SimpleNamespace(p=7, d=data.make(task, 7), rows=rows, logits=logits))
+        assert out['tasks at .99, unseen'] == solved
+        assert ('rows, unseen, nor swapped' in out) == (task != 'a-b')  # its swaps are no copies
+
+
+PLANTED = {  # numbers of an analysis by their labels, and as sentences have them; those of a list in braces
+    'miiii': ({'rows, unseen': 6385, 'accuracy, unseen': 0.99996, 'tasks': 29, 'tasks trained': 28,
+               'accuracy, unseen, of the commonest answer': 0.0768, 'tasks at .99, unseen': 27,
+               'pure neurons': 974, 'neurons that vary': 1024, 'tasks learned': 26, 'separation': 0.9645,
+               'own task without its group': 0.07505, 'other tasks without it': 0.9979,
+               'separation, as strong random neurons: least, most': [-0.2957, -0.0911],
+               'waves of q > 7': 108, 'dimensions of their letters': 50.21,
+               'dimensions of their letters, by chance': [83.98, 90.81, 95.41],
+               'neurons as one digit, own wave': [0.9989, 28, 0.1, 0.2],
+               'neurons as one digit, a wave of another k': [0.08643, 0, 0.1, 0.2]},
+              '6,385 .9999 .077 29 28 27 974 1,024 0 537 .075 .998 26 .965 -.091 108 50.2 90.8 .999 .086'),
+    'nanda': ({'key frequencies': [1, 3, 21], 'logits in key cosines': 0.9078, 'restricted loss': 3.261e-7,
+               'logits in as many others': 3.275e-5, 'excluded loss': 5.672, 'loss on all inputs': 1.761e-5,
+               'rows, unseen, nor swapped': 6270, 'accuracy, unseen, nor swapped': 1.0},
+              '3 .908 3e-5 3e-7 5.67 2e-5 4.73 6,270 1.0'),
+    'a*b': ({'W_E effective frequencies': 55.91, 'W_E effective frequencies by logarithm': 8.08,
+             'tasks at .99, unseen': 0, 'rows, train': 3831, 'accuracy, train': 1.0},
+            '55.9 8.08 55.2 54.4 56 3,831 1.0'),
+    'add': ({'filtered: nothing': [0.5, 0.61, 0.82, 0, 0], 'tau, the highest low frequency': 22,
+             'filtered: low from MLP': [0.11, 0, 0], 'filtered: low from MLP, random': [0.97, 0, 0],
+             'filtered: high from MLP': [0.23, 0, 0], 'filtered: high from MLP, random': [0.46, 0, 0],
+             'W_E periods that stand out': [169.2, 4.92]},
+            '.61 .82 .044 .177 225 22 .11 .97 .23 .46 169 4.92 none')}  # near 112 are 559 and 2,263 sums
+START = {'pure neurons': 0, 'neurons that vary': 537, 'W_E effective frequencies': 55.2,
+         'W_E effective frequencies by logarithm': 54.4, 'W_E periods that stand out': []}
+
+
+@pytest.mark.parametrize('task', PLANTED)
+def test_sentences_have_the_numbers(task):
+    """All of them, each number in its own form. Without one of them its sentence is left out, no other."""
+    final, expected = PLANTED[task]
+    numbers = dict(config=dict(task=task, p=113), final=final, initial=START)
+    told = analyze.sentences(numbers)
+    words = {word.strip('():;').rstrip('.,') for text in told for word in text.split()}
+    assert not set(expected.split()) - words and not any('{' in text for text in told)
+    for name in final.keys() - {'tasks', 'tasks at .99, unseen', 'key frequencies'}:
+        left = {other: value for other, value in final.items() if other != name}
+        fewer = analyze.sentences(numbers | dict(final=left))
+        assert len(fewer) == len(told) - 1 and not set(fewer) - set(told), name
+    assert analyze.sentences(numbers | dict(final={}, initial={})) == []
+
+
+def test_every_label_is_defined(folders, tmp_path):
+    """On the page that the analysis names, in the first column of a table; there … stands for any words."""
+    grouped = run_of(*'--p 13 --train_frac 0.8 --epochs 300 --spectra_every 50 --out'.split(), tmp_path)
+    section = (HERE / 'assets/report.md').read_text().split('\n## 9. Labels\n')[1]
+    cells = [line.split(' | ')[0] for line in section.splitlines() if line.startswith('| `')]
+    labels = [label for cell in cells for label in re.findall('`([^`]+)`', cell)]
+    patterns = [re.escape(label).replace('…', '.+') for label in labels]
+    found = {name for folder in (*folders.values(), grouped) for name in analyze.load_run(folder).final()}
+    assert len(found) > 80 and {'separation', 'W_L FFD', 'filtered: nothing', 'restricted loss'} < found
+    assert not [name for name in found if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    for headings in (told(folder, 'analysis')['headings'] for folder in folders.values()):
+        assert all(f'\n| {heading} | |\n' in section for heading in headings)
+
+
+def test_the_end_of_a_run_in_words():
+    """How many tasks are right, when they came; what helps where none did."""
+    def words(*epochs, shuffled=False):
+        tasks = [dict(test_acc=0.5 if e is None else 0.99, grok_epoch=e) for e in epochs]
+        return ' '.join(train.in_words(tasks, shuffled).split())
+    assert '2 of 3 tasks' in words(1408, None, 7) and 'epoch 1,408' in words(1408, None, 7)
+    assert numbers_of(words(1408, None, 7)) == [0.99, 2, 3, 0.99, 7, 1408, 2]
+    assert numbers_of(words(12)) == [0.99, 1, 1, 0.99, 12]
+    options = re.findall('--([a-z_]+)', words(None, None))
+    assert len(options) == 4 and not set(options) - train.OPTIONS.keys() and '0 of 2' in words(None, None)
+    assert '--' not in words(None, shuffled=True) + words(3, None)
 
 
 def test_what_a_run_came_to(folders):
