@@ -303,7 +303,6 @@ class Run(SimpleNamespace):
         self.net.load_state_dict(weights or self.weights)
         return self.net(self.data.x, acts=acts).reshape(len(self.data.y), -1), acts
 
-    @plain_torch()
     def analysis(self):
         """numbers, arrays: those in the folder if newer than the run and this file, else made now, which may
         take minutes, and written there."""
@@ -1072,6 +1071,7 @@ def over_snapshots(run, solver, key):
     return {name: np.array(values) for name, values in out.items()}
 
 
+@plain_torch()
 def take_apart(run):
     """All there is to say of a run: numbers, arrays; written into the folder run.to."""
     with contextlib.suppress(OSError):

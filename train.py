@@ -42,7 +42,7 @@ def option(name, default, help, *choices):
     OPTIONS[name] = default, help, choices
 
 
-option('task', 'miiii', ', '.join(data.TASKS) + ', formulas as "a^2+b,a*(b-1)", or moduli as "n%%6,n%%10"')
+option('task', 'miiii', ', '.join(data.TASKS) + ', formulas as "a^2+b,a*(b-1)", or moduli as "n%6,n%10"')
 option('p', 113, 'prime base, for add any number; the inputs are all p^2 pairs of digits')
 option('train_frac', 0.5, 'share of the pairs to train on')
 option('seed', 0, 'seed of initial weights and dropout')
@@ -149,7 +149,8 @@ def parse(argv):
             group = parser.add_argument_group(GROUPS[name])
         of_value = dict(type=type(default), choices=choices or None)
         kind = dict(action='store_true') if default is False else of_value
-        group.add_argument(f'--{name}', help=f'{text} (default: {default})', **kind)
+        text = f'{text} (default: {default})'.replace('%', '%%')
+        group.add_argument(f'--{name}', help=text, **kind)
     given = vars(parser.parse_args(argv))
     o = argparse.Namespace(**recipe(given.get('preset', 'fast'), given.get('task', 'miiii')) | given)
     o.out = o.out or 'out/' + ''.join(o.task.split()).replace('*', 'x')  # no * in a file's name
