@@ -1943,7 +1943,8 @@ FAULTS = {  # a command: what follows it | an option, a path or a number in its 
         --n_heads 0 | --n_heads; --dropout 1 | --dropout; --lr inf | --lr; --lam 1 | --lam; --p 499 | 499
         --preset auto | --preset; --preset tenfold --task nanda | tenfold; --device cuda:99 | cuda:99
         --freeze | --letters; --copy embed | --init_from; --letters 1 | 1
-        --letters 5 --task nanda | --letters; --letters 5 --init_from x | --letters; --sweep_space lr=1,2 | --sweep_space''',
+        --letters 5 --task nanda | --letters; --letters 5 --init_from x | --letters
+        --sweep_space lr=1,2 | --sweep_space''',
     f'{here} --task a*b --init_from {{shelf}}/': '''source --p 13 | [14, 32]
         source --d_model 16 | [12, 16]; half; source --n_heads 4 --copy block | [2, 32, 16]
         source --task a+b,a-b --copy embed | [12, 32]; listed; source --task miiii | [32, 11]
