@@ -448,7 +448,9 @@ def alphabet(run):
     n, name = run.final(), 'dimensions of their letters'
     if name not in n:
         return fig, 'It holds no waves of q > 7 whose letters could be compared'
-    return fig, f'Letters of waves span {n[name]:.0f} dimensions, at random {n[f"{name}, by chance"][1]:.0f}'
+    least, chance, _ = n[f'{name}, by chance']
+    shared = 'Tasks share letters: these' if n[name] < least else 'The letters of all waves'
+    return fig, f'{shared} span {n[name]:.0f} dimensions, those of waves at random {chance:.0f}'
 
 
 @figure('one', 'tasks of several moduli, once waves have come')
