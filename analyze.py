@@ -973,22 +973,23 @@ def arrivals(records, p, classes):
 
 def design(n_bands, p, classes):
     """An alphabet from number theory alone: bands of letters, (n_bands,) in turns over the p digits, that
-    spell waves of every q of `classes`. A wave is spelled if both of its letters lie within .8 of a band.
+    spell waves of every q of wave_freqs. A wave is spelled if both of its letters lie within .8 of a band.
     The search starts with the letters of the smallest q, and moves one band at a time to where the product
     over q of (number of waves + .1) is largest. Refused where a q is left without a wave."""
     freqs, places = wave_freqs(classes), torch.arange(1, p) / 2
+    moduli = freqs[:, 0].unique()
     distance = (letters(freqs, p)[..., None] - places).abs()                             # B 2 places
-    of_task = (freqs[:, 0] == torch.tensor(classes)[:, None]).double()                   # Q B
+    of_each = (freqs[:, 0] == moduli[:, None]).double()                                  # moduli B
 
     def waves(chosen):
-        return of_task @ (distance[..., chosen] < 0.8).any(2).all(1).double()
+        return of_each @ (distance[..., chosen] < 0.8).any(2).all(1).double()
 
     chosen = list(dict.fromkeys(distance.argmin(2).flatten().tolist()))[:n_bands]
     for i in [*range(len(chosen))] * 5:
         others = chosen[:i] + chosen[i + 1:]
         free = sorted({*range(len(places))} - {*others})
         chosen[i] = max(free, key=lambda place: (waves([*others, place]) + 0.1).log().sum())
-    without = [q for q, count in zip(classes, waves(chosen)) if count == 0]
+    without = moduli[waves(chosen) == 0].tolist()
     need(not without, f'{n_bands} bands of letters spell no wave of {show(without)}; more are needed')
     return places[chosen].sort().values
 
