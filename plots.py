@@ -701,11 +701,11 @@ def progress(*runs):
     """Accuracy on unseen numbers (validation), mean of all tasks, of each run through training."""
     fig, ((ax,),) = panels(1, 1, 2.8)
     for run in runs:
-        ax.plot(run.records['epoch'] + 1, run.records['valid_acc'].mean(1), label=run.name)
-    ax.set(xlabel='epoch + 1', ylabel='accuracy', ylim=(0, 1.02))
+        ax.plot(run.records['epoch'], run.records['valid_acc'].mean(1), label=run.name)
+    ax.set(xlabel='epoch', ylabel='accuracy', ylim=(0, 1.02))
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     ends = ', '.join(f'{run.records["valid_acc"][-1].mean():.2f}' for run in runs)
-    return fig, f'At the end the mean accuracy on unseen numbers is {ends}'
+    return fig, f'These runs end right on {ends} of the unseen numbers'
 
 
 # ---------------------------------------------------------------- files
