@@ -55,14 +55,13 @@ def make(task, p, seed=0, device='cpu'):
     """
     kind = 'number' if task == 'add' else 'prime'
     need(p >= 5 and (task == 'add' or p in primes_below(p + 1)), f'p must be a {kind} >= 5, and {p} is not')
-    of_n = task in ('miiii', 'basis', 'masked') or '%' in task
     n = torch.arange(p * p)
     x0, x1 = n % p, n // p
     if task == 'nanda':
         names, classes, y = [f'(x0 + x1) mod {p}'], [p], ((x0 + x1) % p)[:, None]
     elif task == 'add':
         names, classes, y = ['x0 + x1'], [2 * p - 1], (x0 + x1)[:, None]
-    elif of_n:
+    elif of_n(task):
         classes = moduli(task, p) if '%' in task else primes_below(p)
         names, y = [f'n mod {q}' for q in classes], n[:, None] % torch.tensor(classes)
     else:
@@ -74,11 +73,16 @@ def make(task, p, seed=0, device='cpu'):
         y = y[torch.randperm(len(y), generator=generator)]
     in_loss = torch.tensor([not (task == 'masked' and q in (2, 3, 5, 7)) for q in classes])
     need(in_loss.any(), f'task {task} leaves nothing to train on at p = {p}')
-    stride = p if of_n else 0 if task == 'add' else 1
-    n_ops = 1 if of_n or task in TASKS else len(names)
+    stride = p if of_n(task) else 0 if task == 'add' else 1
+    n_ops = 1 if of_n(task) or task in TASKS else len(names)
     op = p + torch.arange(n_ops).repeat(p * p)
     x = torch.stack([x0.repeat_interleave(n_ops), x1.repeat_interleave(n_ops), op], 1)
     return Data(x.to(device), y.to(device), names, classes, in_loss.to(device), stride, n_ops)
+
+
+def of_n(task):
+    """Whether the answers of a task are remainders of n = x0 + x1 p."""
+    return task in ('miiii', 'basis', 'masked') or '%' in task
 
 
 def moduli(task, p):

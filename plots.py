@@ -50,7 +50,9 @@ def figure(takes, needs=''):
                 try:
                     fig, message = draw(*given)
                 except KeyError as e:
-                    raise KeyError(f'{draw.__name__} is only for {needs}') from e
+                    if needs:
+                        raise KeyError(f'{draw.__name__} is only for {needs}') from e
+                    raise
                 text = ' '.join((draw.__doc__ or draw.__name__).split())
                 if takes in ('one', 'any') and len(given) == 1:
                     text = f'{name_of(given[0])}, p = {given[0].p}, epoch {given[0].epoch:,}. {text}'
@@ -67,7 +69,7 @@ def figure(takes, needs=''):
 
 def name_of(run):
     """What a run is, for titles: its task, and its folder's name where that is another."""
-    task = run.config['task']
+    task = ''.join(run.config['task'].split())
     return task if run.name == task.replace('*', 'x') else f'{task} ({run.name})'
 
 
@@ -79,6 +81,11 @@ def rows_of(run):
 def of_each(runs, label, look='.2g'):
     """A number of each run as text."""
     return ', '.join(format(run.final()[label], look) for run in runs)
+
+
+def spoken(x):
+    """A number as the sentences of analyze.py have it: less than 1 is not rounded up to 1."""
+    return analyze.spoken(float(x))
 
 
 def one_modulus(run):
@@ -207,9 +214,10 @@ def periods(path):
 @figure('one', 'runs with records')
 def accuracy(run):
     """Accuracy of each task through training (figure 5 of Syrkis & Søgaard)."""
-    fig, last = of_each_task(run, 'acc', 'accuracy', vmin=0, vmax=1), run.records['valid_acc'][-1]
-    worst = f', in its worst task on {last.min():.0%}' if len(last) > 1 else ''
-    return fig, f'It ends right on {last.mean():.1%} of unseen numbers{worst}'
+    fig = of_each_task(run, 'acc', 'accuracy', vmin=0, vmax=1)
+    last = run.records['valid_acc'][-1]
+    worst = f', in its worst task on {spoken(last.min())}' if len(last) > 1 else ''
+    return fig, f'It ends right on {spoken(last.mean())} of unseen numbers{worst}'
 
 
 @figure('one', 'runs with records')
@@ -217,7 +225,8 @@ def loss(run):
     """Loss of each task through training, the cross-entropy in nats (figure 6 of Syrkis & Søgaard)."""
     r = run.records
     low, high = np.percentile(np.stack([r['train_loss'], r['valid_loss']]), (1, 99.9))
-    norm, mean = LogNorm(max(low, 1e-8), max(high, 1e-7)), r['valid_loss'].mean(1)
+    norm = LogNorm(max(low, 1e-8), max(high, 1e-7))
+    mean = r['valid_loss'].mean(1)
     fig = of_each_task(run, 'loss', 'cross-entropy (nats)', norm=norm)
     return fig, f'The loss on unseen numbers peaks at epoch {mean.argmax():,}, and ends at {mean[-1]:.2g}'
 
@@ -252,13 +261,14 @@ def curves(run):
         log_lines(ax, r['epoch'], lines)
     lowest = min(r['train_loss'].mean(1).min(), r['valid_loss'].mean(1).min())
     axes[0, 0].set_ylabel('accuracy')
-    axes[0, 1].set(ylabel='loss (nats)', yscale='log', ylim=(lowest / 3, None))  # single tasks go far below
+    axes[0, 1].set(ylabel='loss (nats)', yscale='log')
+    axes[0, 1].set_ylim(bottom=max(lowest, 1e-30) / 3)  # single tasks go far below
     train, valid = r['train_acc'].mean(1), r['valid_acc'].mean(1)
     by_heart, right = (train >= 0.75).argmax(), (valid >= 0.75).argmax()  # 0: never
     if by_heart and valid[by_heart] < 0.5:
         axes[0, 0].annotate('memorises ', (by_heart + 1, 0.75), ha='right')
         axes[0, 0].annotate(' groks' if right else '', (right + 1, 0.25))
-    message = f'It ends right on {train[-1]:.0%} of training numbers and {valid[-1]:.0%} of unseen ones'
+    message = f'It ends right on {spoken(train[-1])} of training numbers, {spoken(valid[-1])} of unseen ones'
     if by_heart and right:
         message = f'3 of 4 training numbers are right by epoch {by_heart:,}, 3 of 4 unseen ones by {right:,}'
     return fig, message
@@ -294,7 +304,8 @@ def neuron(run):
     i = a['neuron_ids'][3]
     fig, axes = panels(1, 2, 4.3, width_ratios=(3, 2))
     draw_neuron(axes[0], a, 3)
-    share, (q, k) = a['neuron_wave_share'][i], a['neuron_wave'][i]
+    share = a['neuron_wave_share'][i]
+    q, k = a['neuron_wave'][i]
     wave = f'k = {k}' if one_modulus(run) else f'k/q = {k}/{q}'
     return fig, f'Of what neuron {i} makes of both digits together, {share:.0%} is one wave, {wave}'
 
@@ -310,7 +321,7 @@ def draw_neuron(axes, arrays, column):
 
 @figure('one', 'tasks with a modulus')
 def waves(run):
-    """Shares of what takes both digits. Filled or blue waves are held: ten times what noise has, or more."""
+    """Shares of what takes both digits. Filled, or blue, waves are held: clearly more than noise has."""
     share = run.arrays()['wave_shares'][0]
     q, k = run.arrays()['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
@@ -401,6 +412,8 @@ def circuits(run):
     y = np.arange(len(names))
     ax.set_yticks(y, names, fontsize=6)
     tasks = rows_of(run)
+    group, task = np.argwhere(a['necessary'] == low)[0]
+    message = f'Without the neurons of q = {names[group]} the task {run.data.names[task]} falls to {low:.2f}'
     ax.set_xticks(range(len(tasks)), tasks, fontsize=6, rotation=90)
     ax.set(xlabel='task n mod q', ylabel='without the neurons of q')
     fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
@@ -431,7 +444,7 @@ def shared(run):
     return fig, f'Accuracy is at worst {means[:H].min():.2f} without one head, {means.min():.2f} without two'
 
 
-@figure('one', 'tasks of several moduli, once neurons hold waves')
+@figure('one', 'miiii, basis and masked, once neurons hold waves')
 def alphabet(run):
     """A wave needs a letter, a frequency, in each digit. Its dot is large if strong, dark if q is small."""
     a = run.arrays()
@@ -453,7 +466,7 @@ def alphabet(run):
     return fig, f'{shared} span {n[name]:.0f} dimensions, those of waves at random {chance:.0f}'
 
 
-@figure('one', 'tasks of several moduli, once waves have come')
+@figure('one', 'miiii, basis and masked, once waves have come')
 def spelling(run):
     """A dot is a wave when it comes for good: how many others of its q are nearer to earlier letters."""
     a = run.arrays()
@@ -653,7 +666,8 @@ def neurons(*runs):
         for i in range(3):
             draw_neuron(axes[row:row + 2, i], run.arrays(), i)
             axes[row, i].set_title(f'{name_of(run)}, neuron {i}')
-    return fig, f'One wave is {of_each(runs, "share of best wave, median neuron", ".0%")} of a median neuron'
+    shares = of_each(runs, 'share of best wave, median neuron', '.0%')
+    return fig, f'Of what a median neuron makes of both digits one wave is {shares}'
 
 
 @figure('any')
@@ -704,7 +718,7 @@ def progress(*runs):
         ax.plot(run.records['epoch'], run.records['valid_acc'].mean(1), label=run.name)
     ax.set(xlabel='epoch', ylabel='accuracy', ylim=(0, 1.02))
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
-    ends = ', '.join(f'{run.records["valid_acc"][-1].mean():.2f}' for run in runs)
+    ends = ', '.join(spoken(run.records['valid_acc'][-1].mean()) for run in runs)
     return fig, f'These runs end right on {ends} of the unseen numbers'
 
 

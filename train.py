@@ -57,7 +57,7 @@ option('dropout_mask', 'example', 'one mask per example, or one for the whole ba
 option('init_from', '', 'start from the weights of another run folder, or W_E from a .npy or .pt file')
 option('copy', 'all', 'what to copy: embed = W_E, block = attention and MLP', 'embed', 'block', 'all')
 option('letters', 0, 'start from a W_E by design that holds so many bands of letters, as 14; 0 = at random')
-option('freeze', False, 'hold what was copied or designed fixed')
+option('freeze', False, 'hold what was copied or designed fixed, of W_E also the row of "="')
 option('optimizer', 'muon', 'adamw for all matrices, or muon for all but W_E and W_pos', 'adamw', 'muon')
 option('lr', 5e-3, 'learning rate of AdamW')
 option('weight_decay', 0.5, 'decoupled weight decay of AdamW')
@@ -114,8 +114,9 @@ VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), 
 
 
 def recipe(preset, task):
-    known = dict(basis='miiii', masked='miiii') | {name: name for name in ('miiii', 'nanda', 'add')}
-    kind = known.get(task, 'miiii' if '%' in task else 'formula')
+    kind = task if task in ('nanda', 'add') else 'formula'
+    if data.of_n(task):
+        kind = 'miiii'
     need(f'{preset} {kind}' in PRESETS, f'no preset {preset} for {task}; there are {", ".join(PRESETS)}')
     return DEFAULTS | PRESETS[f'{preset} {kind}']
 
@@ -177,6 +178,7 @@ def parse(argv):
     need(o.init_from or o.copy == 'all', '--copy goes with --init_from')
     need(o.init_from or o.letters or not o.freeze, '--freeze goes with --init_from or --letters')
     need(not (o.init_from and o.letters), 'W_E is either from --init_from or by --letters')
+    need(not o.letters or data.of_n(o.task), f'--letters is for tasks modulo numbers, as miiii, not {o.task}')
     return o
 
 
@@ -293,7 +295,10 @@ def train(o):
     spectra = {}
     if o.spectra_every and d.stride:
         need(len(d.y) == o.p ** 2, 'spectra are of all pairs of digits; --spectra_every 0 does without')
-        solver = [matrix.to(o.device) for matrix in analyze.wave_solver(o.p, d.classes, d.stride)]
+        try:
+            solver = [matrix.to(o.device) for matrix in analyze.wave_solver(o.p, d.classes, d.stride)]
+        except Refusal as e:
+            refuse(f'{e}; --spectra_every 0 does without spectra')
         one = analyze.spectra_of(model, d, solver, bfloat16)  # of the start, for their lengths
         n_spectra = math.ceil(o.epochs / o.spectra_every)
         spectra = {name: torch.zeros(n_spectra, len(row), device=o.device) for name, row in one.items()}
@@ -469,7 +474,6 @@ def copy_weights(model, o, d):
     if o.resume:  # it has its weights, and goes on without their source
         return
     if o.letters:
-        need(d.stride == o.p, f'--letters is for tasks modulo numbers, as miiii, not {o.task}')
         digits = analyze.written(analyze.design(o.letters, o.p, d.classes), o.p, o.d_model)
         theirs = dict(W_E=torch.cat([digits, ours['W_E'][o.p:].cpu()]))
     elif from_file:
@@ -616,7 +620,10 @@ def sweep(o, argv):
         out = root / ','.join(words).replace('*', 'x')
         words = [*argv, *(f'--{word}' for word in words), f'--out={out}', '--sweep=0']
         fresh = parse(words)
-        data.split(len(data.make(fresh.task, fresh.p).y), fresh.train_frac)  # refuses what they would
+        d = data.make(fresh.task, fresh.p)  # these refuse what they would refuse then
+        data.split(len(d.y), fresh.train_frac)
+        if fresh.letters:
+            analyze.design(fresh.letters, fresh.p, d.classes)
         planned = parse([*words, '--resume']) if (out / 'ckpt.pt').exists() else fresh
         need(changes(planned) == changes(fresh), f'{out} has other options; choose another --out')
         runs.append(planned)
