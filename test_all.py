@@ -1442,7 +1442,7 @@ def test_analysis_of_a_run(folders, tmp_path, capsys):
     assert a['snapshot_epoch'].tolist() == epochs and m['spectra_epoch'].tolist() == [0, 8, 16, 24]
     total, alone = m['variance'].T
     recorded = {
-        'spectrum': m['spectrum'], 'variance of neurons in x0 or x1 alone': alone / total,
+        'variance of neurons in x0 or x1 alone': alone / total,
         'variance of neurons in sum waves': m['sum_power'].sum(1) / total,
         'variance of neurons in difference waves': m['difference_power'].sum(1) / total,
         'active bins of a neuron': m['active'][:, 0], 'valid_losses': m['valid_loss'][::8]}
