@@ -279,8 +279,9 @@ def spectra_of(model, d, solver, precision):
 
 def carried(share, p):
     """Which (q, k) a layer carries, (..., B) bool, from the share of its interaction in each sum wave: more
-    than the average (q, k) or 5 %, and more than ten times what white noise has (twenty for q = 2, which has
-    no sine). In 28 random networks (14 seeds of miiii and of nanda, p = 113) none had more than 7.7 times."""
+    than the average (q, k), or than 5 % if that is less, and more than ten times what white noise has (twenty
+    for q = 2, which has no sine). In 28 random networks (14 seeds of miiii and of nanda, p = 113) none had
+    more than 7.7 times."""
     return share > share.mean(-1, keepdim=True).clamp(max=0.05).clamp(min=20 / (p - 1) ** 2)
 
 
@@ -464,7 +465,7 @@ def neurons(m):
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
     arrays = dict(neuron_ids=shown, neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best],
                   neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
-    arrays |= dict(spectrum=dft.mean((1, 2)), wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
+    arrays |= dict(wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
     return out | arrays | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)              # 4 x0 x1
 
 
@@ -1209,7 +1210,8 @@ def table(numbers):
                 lists.append(f'{name}: {show(value)}{then}')
         for kind, columns in TABLES.items():
             of_kind = [[name, *final[name]] for name in names if name.startswith(kind)]
-            lists += [aligned([['', *columns], *of_kind])] if of_kind else []
+            if of_kind:
+                lists.append(aligned([['', *columns], *of_kind]))
         text.append('\n'.join([aligned(rows), *lists]))
     return '\n\n'.join(text)
 

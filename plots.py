@@ -488,7 +488,7 @@ def spelling(run):
 
 @figure('one', 'modular addition')
 def mechanism(run):
-    """Restricted loss: with only the key cosines, cos(2πk (x0 + x1 − c)/p); excluded loss: without them."""
+    """Restricted loss: with the key cosines alone, cos(2πk (x0 + x1 − c)/p); excluded: without them."""
     a = run.arrays()
     n = run.final()
     d = np.arange(run.p)

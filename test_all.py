@@ -2215,8 +2215,8 @@ def test_letters_are_where_a_run_starts(tmp_path):
     frozen = run_of(*args, '--freeze', '--out', tmp_path / 'frozen')
     start, held = first_weights(started)['W_E'], checkpoint(frozen)['model']['W_E']
     assert torch.equal(start, held) and not torch.equal(start, checkpoint(started)['model']['W_E'])
-    of_letters = first_weights(run_of('--p', 13, '--epochs', 1, '--out', tmp_path / 'other'))['W_E']
-    assert torch.equal(start[13], of_letters[13]) and (start[:13] != of_letters[:13]).all()  # "=" is as ever
+    usual = first_weights(run_of('--p', 13, '--epochs', 1, '--out', tmp_path / 'usual'))['W_E']
+    assert torch.equal(start[13], usual[13]) and (start[:13] != usual[:13]).all()  # "=" is as ever
     bands = analyze.design(5, 13, data.primes_below(13))
     letters = analyze.frequency_norms(analyze.written(bands, 13, 2000))
     assert np.corrcoef(analyze.frequency_norms(start[:13]), letters)[0, 1] > 0.8
