@@ -329,15 +329,16 @@ def plain_scores(W, batch, classes, drop=(1, 1)):
     return torch.stack([functional.cross_entropy(*pair) for pair in pairs]), torch.stack(acc)
 
 
-@pytest.mark.parametrize('task, p, focus, alpha, decay, decay_from', [
-    ('miiii', 11, 1, 0.9, 0.5, 1.0),
-    ('masked', 17, 0, 0.98, 1.0, 0.4),  # trains two of six tasks
-    ('a*b,a+b', 11, 0, 0.98, 1.0, 0.4)])  # is the mean over both
-def test_a_run_against_a_plain_float64_twin(tmp_path, task, p, focus, alpha, decay, decay_from):
+@pytest.mark.parametrize('task, p, focus, alpha, decay, decay_from, curriculum', [
+    ('miiii', 11, 1, 0.9, 0.5, 1.0, 0),
+    ('miiii', 11, 1, 0.9, 0.5, 1.0, 38),  # the four tasks enter at epochs 0, 10, 19 and 29
+    ('masked', 17, 0, 0.98, 1.0, 0.4, 0),  # trains two of six tasks
+    ('a*b,a+b', 11, 0, 0.98, 1.0, 0.4, 0)])  # is the mean over both
+def test_a_run_against_a_plain_float64_twin(tmp_path, task, p, focus, alpha, decay, decay_from, curriculum):
     """Every record, the last weights and the filter's memory, by torch's own AdamW from the same start."""
     words = f'--task {task} --p {p} --optimizer adamw --lr 1e-3 --lamb 0.5 --dropout 0 --dropout_mlp 0'
     words += f' --init he --epochs 40 --train_frac 0.5 --focus {focus} --alpha {alpha}'
-    words += f' --weight_decay {decay} --decay_from {decay_from}'
+    words += f' --weight_decay {decay} --decay_from {decay_from} --curriculum {curriculum}'
     folder = run_of(*words.split(), '--out', tmp_path)
     d, (train_rows, valid_rows, _) = data.make(task, p), data.split(p * p, 0.5)
     W, ln_q, twin = start_in_float64(folder), torch.tensor(d.classes).log(), []
@@ -346,7 +347,8 @@ def test_a_run_against_a_plain_float64_twin(tmp_path, task, p, focus, alpha, dec
     for epoch in range(40):
         loss, acc = plain_scores(W, d.batch(train_rows), d.classes)
         adamw.zero_grad()
-        by_hardness = (loss * loss.detach()).sum() / loss.detach().sum()
+        entered = 1 + sum(epoch >= first for first in (10, 19, 29)) if curriculum else len(loss)
+        by_hardness = (loss * loss.detach())[:entered].mean() / loss.detach().mean()
         (by_hardness if focus else (loss / ln_q)[d.in_loss].mean()).backward()
         norms = torch.stack([w.grad.norm() for w in W.values()])
         twin.append([loss, acc, *plain_scores(W, d.batch(valid_rows), d.classes), norms])
@@ -625,7 +627,7 @@ def run_on(place, out, *words, by=train):
 
 @without_gpu
 @pytest.mark.parametrize('words', ['', '--preset paper', '--task add', '--task nanda --compile on',
-                                   '--task a*b,a+b', '--task a*b,a+b --compile off'])
+                                   '--curriculum 6', '--task a*b,a+b', '--task a*b,a+b --compile off'])
 def test_a_pretended_gpu_computes_what_a_cpu_does(tmp_path, gpu, words):
     same_run(*(run_on(place, tmp_path / str(place), *words.split()) for place in (None, gpu)))
 

@@ -65,6 +65,7 @@ option('muon_lr', 0.1, 'learning rate of Muon')
 option('muon_decay', 0.2, 'decoupled weight decay of Muon')
 option('decay_from', 0.4, 'share of the run after which the rates fall linearly to zero; 1 = never')
 option('focus', 1.0, 'power of the loss of a task in its weight; 0 = the weight is 1 / ln q, by the paper')
+option('curriculum', 0, 'epochs in which the tasks enter the loss one by one, as 900; 0 = all from the start')
 option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
 option('alpha', 0.98, 'memory of the gradient filter')
 option('epochs', 1500, 'full-batch steps')
@@ -174,6 +175,7 @@ def parse(argv):
         most = AT_MOST.get(name, 2 ** 32)
         fine = isinstance(value, str) or least <= value <= most
         need(fine, f'--{name} must lie between {least} and {most}, not {value}')
+    need(o.curriculum < o.epochs, f'--curriculum {o.curriculum} does not end within {o.epochs} epochs')
     need(o.d_model % o.n_heads == 0, f'd_model {o.d_model} is not divisible by n_heads {o.n_heads}')
     need(o.init_from or o.copy == 'all', '--copy goes with --init_from')
     need(o.init_from or o.letters or not o.freeze, '--freeze goes with --init_from or --letters')
@@ -215,7 +217,11 @@ def train(o):
     rows = dict(zip(('train', 'valid', 'test'), data.split(len(d.y), o.train_frac, o.data_seed)))
     (x_train, y_train), (x_valid, y_valid) = (d.batch(rows[name].to(o.device)) for name in ('train', 'valid'))
     ln_q = torch.tensor(d.classes, device=o.device).log()
-    task_weight = d.in_loss / d.in_loss.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
+
+    def weight_of(tasks):
+        return tasks / tasks.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
+
+    task_weight = weight_of(d.in_loss)
 
     # model
     model = network(vars(o), d).to(o.device)
@@ -382,6 +388,9 @@ def train(o):
                 remaining = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
                 for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
                     optimizer.param_groups[0]['lr'].fill_(lr * min(1, remaining))
+            if o.curriculum:  # of n tasks the i-th enters at epoch (i - 1) curriculum / n
+                before = d.in_loss.cumsum(0) - 1
+                task_weight.copy_(weight_of(d.in_loss & (before * o.curriculum <= epoch * d.in_loss.sum())))
             if snapshot_due(epoch, o.snapshots):
                 snapshot = dict(model=model.state_dict(), step=epoch)
                 data.write(out / f'snapshots/{epoch:08}.pt', lambda f: torch.save(snapshot, f), late)
@@ -418,7 +427,7 @@ def train(o):
 
         if epoch == o.epochs:  # the last figures of every task; training touches the test rows only here
             tasks = scores(d, o.p, rows, final, history['valid_acc'].cpu().numpy())
-            weight = task_weight.tolist()
+            weight = weight_of(d.in_loss).tolist()
             objective = {name: np.dot(weight, [task[f'{name}_loss'] for task in tasks]) for name in rows}
             summary = dict(tasks=tasks, objective=objective, split=sizes, epochs=epoch, wall_s=wall,
                            device=device, versions=VERSIONS, commit=commit, options=options, config=vars(o))
