@@ -231,18 +231,6 @@ def dft2(neurons, p):
     return torch.fft.rfft2((neurons - neurons.mean(0)).view(p, p, -1), dim=(1, 0), norm='forward').abs()
 
 
-def best_frequency(dft, variance):
-    """The frequency k with most of the variance (F,) of each activation, from `dft2` (n//2+1, n, F): its
-    share, in the bins (+-k, 0), (0, +-k), (+-k, +-k) together (Nanda et al. 2023), and k. (F,), (F,)."""
-    n = dft.shape[1]
-    k = torch.arange(1, n // 2 + 1)
-    power = dft.square()
-    both = power[k, 0] + power[k, k] + power[k, -k]
-    folded = power[0, k] + power[0, -k] + 2 * both                                       # n//2 F
-    share, best = (folded / variance.clamp(min=1e-30)).max(0)
-    return share, best + 1
-
-
 def active_counts(dft, alive):
     """How many frequencies are active in `dft2` (p//2+1, p, F), the mean over neurons that vary, in two ways:
     bins of a neuron's 2-D DFT (the paper's rule); its frequencies of x1 after the mean over those of x0 (the
@@ -254,27 +242,17 @@ def active_counts(dft, alive):
 
 @torch.no_grad()
 def spectra_of(model, d, solver, precision):
-    """Spectra of the activations of all neurons over all inputs of the data d, means over the neurons.
-
-    spectrum          (p//2+1,) |2-D DFT| / p^2, mean over the frequencies of x0, so that those of x1 remain
-    sum_power         (B,) variance in the sum wave of each (q, k); difference_power in the difference wave
-    variance          (2,) variance in all, and in functions of x0 alone and of x1 alone
-    active            (2,) see `active_counts`
-
-    precision: the autocast of the model's products; the fit of the waves has none.
-    """
+    """Of the activations of all neurons over all inputs of the data d, means over the neurons: sum_power (B,),
+    the variance in the sum wave of each (q, k); variance (2,) in all, and in functions of x0 alone and of x1
+    alone. precision: the autocast of the model's products; the fit of the waves has none."""
     acts = {}
     p = round(len(d.y) ** 0.5)
     with precision:
         model(d.x, acts=acts)
     neurons = acts['neurons'].float().view(p * p, -1)
     power = decompose(neurons, p, solver)
-    dft = dft2(neurons, p)
-    sums, differences = power['waves'].mean(2)
-    total = power['variance'].mean()
-    interaction = power['interaction'].mean()
-    return dict(spectrum=dft.mean((1, 2)), sum_power=sums, difference_power=differences,
-                variance=torch.stack([total, total - interaction]), active=active_counts(dft, power['alive']))
+    total, interaction = power['variance'].mean(), power['interaction'].mean()
+    return dict(sum_power=power['waves'][0].mean(1), variance=torch.stack([total, total - interaction]))
 
 
 def carried(share, p):
@@ -428,8 +406,8 @@ def attention(m):
 
 def neurons(m):
     """The MLP layer over all inputs, neuron by neuron, in the p-DFT and in the waves of the targets. The
-    share of a neuron's best k is of its variance. The share of its best wave is of its interaction, in the
-    sum and the difference wave of one (q, k); a pure neuron has more than half there."""
+    share of a neuron's best wave is of its interaction, in the sum and the difference wave of one (q, k); a
+    pure neuron has more than half there."""
     a = m.acts['neurons'].view(m.p ** 2, -1)
     freqs = wave_freqs(m.d.classes)
     power = decompose(a, m.p, m.solver)
@@ -451,22 +429,19 @@ def neurons(m):
     out['waves (q, k) carried'] = has.sum().item()
     out['moduli q carried'] = len(freqs[has, 0].unique())
 
-    k_share, k_best = best_frequency(dft, total)
-    k_share = k_share * alive
     own = inter.clamp(min=1e-30)
     wave_share, wave_best = (single_waves(power['products'], m.p, m.solver) / own).max(0)
     pure = wave_share > 0.5
     purest = (wave_share * (freqs[wave_best, 0] > 3)).argmax()  # modulo 2 and 3 a wave is no picture
     shown = torch.stack([*torch.arange(3), purest])
     out['neurons that vary'] = alive.sum().item()
-    out['share of best k, median neuron'] = k_share.quantile(0.5).item()
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    arrays = dict(neuron_ids=shown, neuron_k=k_best, neuron_k_share=k_share, neuron_wave=freqs[wave_best],
-                  neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
-    arrays |= dict(wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
-    return out | arrays | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)              # 4 x0 x1
+    out |= dict(neuron_ids=shown, neuron_wave=freqs[wave_best],
+                neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
+    out |= dict(wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
+    return out | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)                       # 4 x0 x1
 
 
 def answers(m):
@@ -518,7 +493,7 @@ def mechanism(m):
 
     def loss(z, rows=slice(None)):
         return task_losses(z[rows], m.d.y[rows], m.d.classes)[0].item()
-    out = {'key frequencies': key.tolist()}
+    out = {'key frequencies': key.tolist()} if m.key is None else {}
     out['logits in key cosines'] = in_key.item()
     out['logits in as many others'] = (len(key) * (fit.sum() - in_key) / max(1, len(k) - len(key))).item()
     out['loss on all inputs'] = loss(logits)
@@ -603,13 +578,11 @@ def without(W_U, k):
 RATES = ('accuracy', 'within 2', 'within 10', 'errors off by tens', 'errors off by 1')  # last two: of errors
 
 
-def errors(logits, y, modulus=None):
-    """The five RATES of logits (n, C) against answers y (n,); a tie is wrong. Modulo something the distance
-    of an error is the shorter way round."""
+def errors(logits, y):
+    """The five RATES of logits (n, C) against answers y (n,); a tie is wrong."""
     right = logits.gather(1, y[:, None])[:, 0]
     best_wrong, guess = logits.scatter(1, y[:, None], -torch.inf).max(1)
     off = torch.where(right > best_wrong, 0, (guess - y).abs())
-    off = torch.minimum(off, modulus - off) if modulus else off
     wrong = (off > 0).sum().clamp(min=1)
     within = [(off <= most).sum() / len(off) for most in (0, 2, 10)]
     by_tens = ((off > 0) & (off % 10 == 0)).sum() / wrong
@@ -623,7 +596,6 @@ def filters(m, draws=3):
     x, y = m.d.batch(unseen_rows(m, int(2e8 / sum(m.d.classes))))
     net, tau = m.net, low(m)
     written = components(net, x)
-    modulus = m.d.classes[0] if m.d.stride else None
     D, C = net.W_U.shape
     k = torch.arange(1, C // 2 + 1)
     g = torch.Generator().manual_seed(0)
@@ -634,7 +606,7 @@ def filters(m, draws=3):
     def rates(of_attention, of_mlp):
         mid = start + heads @ of_attention
         by_mlp = net.activation(mid @ net.W_in) @ net.W_out
-        return errors((mid + by_mlp @ of_mlp) @ net.W_U, y.flatten(), modulus)
+        return errors((mid + by_mlp @ of_mlp) @ net.W_U, y[:, 0])
 
     out = {'tau, the highest low frequency': tau, 'filtered: nothing': rates(everything, everything)}
     for band, some in (('low', k[:tau]), ('high', k[tau:])):
@@ -670,7 +642,7 @@ def groups_of(of_neurons, classes):
 
 
 def replaced(net, logits, neurons, group, values):
-    """The logits (n, C) when of the neurons (n, F) a group, (F,) bool, has other values (n, F)."""
+    """The logits (n, C) when of the neurons (n, F) a group, (F,) bool, has other values, (n, F) or (F,)."""
     return logits + (values - neurons)[:, group] @ (net.W_out[group] @ net.W_U)
 
 
@@ -729,14 +701,14 @@ def circuits(m, of_neurons, draws=20):
     y = d.y[rows]
     logits = m.logits[rows]
     neurons = m.acts['neurons'][rows]
-    mean = m.acts['neurons'].mean(0).expand_as(neurons)
+    mean = m.acts['neurons'].mean(0)
 
     def cut(groups, few=len(rows)):
-        return [replaced(net, logits[:few], neurons[:few], group, mean[:few]) for group in groups]
+        return [replaced(net, logits[:few], neurons[:few], group, mean) for group in groups]
 
     without_each = cut(groups)
     nothing = replaced(net, logits, neurons, slice(None), mean)
-    whole = accuracies([logits], y, d.classes)[0]
+    whole = task_losses(logits, y, d.classes)[1]
     found = dict(groups=torch.tensor(names), group_sizes=groups.sum(1))
     found['necessary'] = accuracies(without_each, y, d.classes)
     found['sufficient'] = accuracies([nothing + logits - z for z in without_each], y, d.classes)
@@ -791,7 +763,7 @@ def shared(m):
         return (left + net.activation(left @ net.W_in) @ net.W_out) @ net.W_U
 
     accuracy = accuracies(map(without_heads, sets), y, classes)
-    whole = accuracies([m.logits[rows]], y, classes)[0]
+    whole = task_losses(m.logits[rows], y, classes)[1]
     found = dict(heads=accuracy)
     for name, some in {'head': accuracy[:H], 'pair of heads': accuracy[H:]}.items():
         if len(some) and (whole >= LEARNED).any():
@@ -814,7 +786,7 @@ def surgery(run, names, keep=False):
     need(not missing, f'{run.path} has no neurons for {show(missing)}; groups there: {show(there)}')
     group = torch.isin(owner, torch.tensor(names)) != keep
     rows = unseen_rows(run)
-    mean = acts['neurons'].mean(0).expand(len(rows), -1)
+    mean = acts['neurons'].mean(0)
     changed = replaced(run.net, logits[rows], acts['neurons'][rows], group, mean)
     both = accuracies([logits[rows], changed], d.y[rows], d.classes)
     lines = [['task', 'all neurons', 'now'], *zip(d.names, *both.tolist())]
@@ -883,7 +855,7 @@ def alphabet(m, of_neurons, draws=100):
         found[f'{name}, by chance'] = np.quantile(by_chance, (0.01, 0.5, 0.99)).tolist()
 
     rows = unseen_rows(m, most=2000)
-    whole = accuracies([m.logits[rows]], d.y[rows], d.classes)[0]
+    whole = task_losses(m.logits[rows], d.y[rows], d.classes)[1]
     W_E, fourier = m.net.W_E[:p].clone(), cos_sin(torch.eye(p)).transpose(0, 1)          # p//2 2 p
     bands = [torch.arange(k, k + 3) for k in range(p // 2 - 2)]
     triples = [torch.randperm(p // 2, generator=g)[:3] for _ in range(30)]
@@ -892,7 +864,7 @@ def alphabet(m, of_neurons, draws=100):
         for some in cuts:
             Q = fourier[some].flatten(0, 1)                                              # 6 p, orthonormal
             m.net.W_E[:p] = W_E - Q.T @ (Q @ W_E)
-            found[name] += accuracies([m.net(d.x[rows])], d.y[rows], d.classes)
+            found[name].append(task_losses(m.net(d.x[rows]), d.y[rows], d.classes)[1])
         found[name] = torch.stack(found[name])
         halved = (lost(found[name], whole, d.classes) > 0.5).sum(1).float()
         found[f'tasks that lose more than half without three frequencies of W_E {kind}: mean, most'] = [
@@ -949,12 +921,15 @@ def rebuilt(m, of_neurons):
     return found
 
 
-def arrivals(records, p, classes):
-    """When waves come, by the recorded spectra. arrived (B,): the first recorded epoch from which a wave of
-    wave_freqs is carried for good, -1 if never. arrival_ranks (2, B), for q > 10: of the other waves of its q
-    the share whose letters are nearer (mean of both) to those of the waves that came before it, and to those
-    of the waves that came after it; -1 for all others."""
-    freqs, epochs = wave_freqs(classes), records['spectra_epoch']
+def arrivals(m, of_alphabet):
+    """When waves come, by the recorded spectra, {} without these. arrived (B,): the first recorded epoch from
+    which a wave of wave_freqs is carried for good, -1 if never. arrival_ranks (2, B), for q > 10: of the
+    other waves of its q the share whose letters are nearer (mean of both) to those of the waves that came
+    before it, and to those of the waves that came after it; -1 for all others."""
+    p, records = m.p, m.records
+    if not of_alphabet or not len(records.get('sum_power', [])):
+        return {}
+    freqs, epochs = wave_freqs(m.d.classes), records['spectra_epoch']
     spelled = letters(freqs, p)
     interaction = np.maximum(records['variance'][:, 0] - records['variance'][:, 1], 1e-30)
     has = carried(torch.from_numpy(records['sum_power'] / interaction[:, None]), p)      # by epoch, B
@@ -968,7 +943,12 @@ def arrivals(records, p, classes):
                 less = distance - distance[i - (freqs[:, 0] < freqs[i, 0]).sum()]
                 nearer, same = (less < -1e-9).sum(), (less.abs() <= 1e-9).sum() - 1
                 rank[i] = (nearer + same / 2) / (len(distance) - 1)
-    return dict(arrived=torch.from_numpy(np.append(epochs, -1))[since], arrival_ranks=ranks)
+    known = ranks[:, ranks[0] >= 0]
+    if not known.numel():
+        return {}
+    name = 'share of the waves of a q nearer to the letters before a new one, after it'
+    arrived = torch.from_numpy(np.append(epochs, -1))[since]
+    return {name: known.mean(1).tolist(), 'arrived': arrived, 'arrival_ranks': ranks}
 
 
 # ---------------------------------------------------------------- letters by design
@@ -1019,14 +999,15 @@ MEASUREMENTS = {  # heading, which networks it is for (see `measure`), at which 
     neurons: ('neurons', 'waves', ALWAYS),
     polynomials: ('W_E and W_L as waves, by numbers and by logarithms', 'mod p', ALWAYS),
     mechanism: ('key frequencies of the logits', 'one sum', ALWAYS),
-    outputs: ('logits of each component', 'one set of classes', 'final initial'),
-    filters: ('frequencies of the logits filtered', 'one set of classes', 'final'),
+    outputs: ('logits of each component', 'no modulus', 'final initial'),
+    filters: ('frequencies of the logits filtered', 'no modulus', 'final'),
     circuits: ('circuits', 'waves, one operation', 'final', neurons),
     alphabet: ('letters', 'waves, all primes', 'final', neurons),
+    arrivals: ('letters', 'waves, all primes', 'final', alphabet),
     rebuilt: ('neurons replaced', 'waves, several moduli', 'final', neurons),
     shared: ('attention', 'waves, one operation', 'final')}
 # the arrays that are kept of every moment
-SMALL = ('W_E_norms', 'train_losses', 'train_accuracies', 'valid_losses', 'valid_accuracies')
+SMALL = ('train_losses', 'train_accuracies', 'valid_accuracies')
 
 
 @torch.no_grad()
@@ -1036,13 +1017,11 @@ def measure(run, weights, moment, solver, key=None):
     logits, acts = run.forward(weights)
     d, p = run.data, run.p
     m = SimpleNamespace(net=run.net, d=d, p=p, rows=run.rows, logits=logits, acts=acts, solver=solver,
-                        key=key)
+                        key=key, records=run.records)
     sums = (d.x[:, 0] + d.x[:, 1]) % p
-    one_set = len(set(d.classes)) == 1 and len(d.names) == d.n_ops  # in the same logits
-    one_set = one_set and d.classes[0] > 3  # else there are no high frequencies
-    mod_p = one_set and d.classes[0] == p
+    mod_p = d.classes == [p] * d.n_ops
     one_sum = mod_p and d.n_ops == 1 and torch.equal(d.y[:, 0], sums)
-    kinds = {'any': True, 'waves': solver is not None, 'one set of classes': one_set, 'mod p': mod_p,
+    kinds = {'any': True, 'waves': solver is not None, 'no modulus': d.stride == 0, 'mod p': mod_p,
              'one sum': one_sum, 'waves, one operation': solver is not None and d.n_ops == 1,
              'waves, all primes': solver is not None and d.classes == data.primes_below(p),
              'waves, several moduli': solver is not None and len(set(d.classes)) > 1}
@@ -1069,7 +1048,7 @@ def over_snapshots(run, solver, key):
         numbers, arrays, _ = measure(run, weights, 'snapshots', solver, key)
         some = {name: arrays[name].numpy() for name in SMALL if name in arrays}
         for name, value in (numbers | some | dict(epoch=epoch)).items():
-            if 'key frequencies' not in name and 'periods' not in name:  # lists of any length
+            if 'periods' not in name:  # lists of any length
                 out.setdefault(f'snapshot_{name}', []).append(value)
         if sys.stdout.isatty():
             left = (time.perf_counter() - began) / (i + 1) * (len(moments) - i - 1)
@@ -1092,17 +1071,9 @@ def take_apart(run):
     final, arrays, headings = measure(run, run.weights, 'final', solver)
     key = final.get('key frequencies')
     initial, start, _ = measure(run, run.initial, 'initial', solver, key)
-    of_start = start.keys() & {'singular_values', 'wave_shares', *SMALL}
-    arrays |= {f'{name}_initial': start[name] for name in sorted(of_start)}
-    arrays |= dict(freqs=wave_freqs(d.classes), classes=d.classes, names=d.names)
-    if 'carried' in arrays and len(run.records.get('sum_power', [])):
-        came = arrivals(run.records, run.p, d.classes)
-        ranks = came['arrival_ranks'][:, came['arrival_ranks'][0] >= 0]
-        if ranks.numel():
-            arrays |= came
-            name = 'share of the waves of a q nearer to the letters before a new one, after it'
-            final[name] = ranks.mean(1).tolist()
-            headings['letters'].append(name)
+    for name in start.keys() & {'singular_values', 'W_E_norms', 'wave_shares'}:
+        arrays[f'{name}_initial'] = start[name]
+    arrays['freqs'] = wave_freqs(d.classes)
     arrays |= over_snapshots(run, solver, key) if run.snapshots else run.shipped
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     numbers = dict(config=run.config, epoch=run.epoch, final=final, initial=initial, headings=headings)
@@ -1205,8 +1176,7 @@ def table(numbers):
             if not isinstance(value, list):
                 rows.append([name, value, initial.get(name)])
             elif not name.startswith(tuple(TABLES)):
-                has_null = name in initial and name != 'key frequencies'  # those are the final ones
-                then = f' (at initialisation {show(initial[name])})' if has_null else ''
+                then = f' (at initialisation {show(initial[name])})' if name in initial else ''
                 lists.append(f'{name}: {show(value)}{then}')
         for kind, columns in TABLES.items():
             of_kind = [[name, *final[name]] for name in names if name.startswith(kind)]

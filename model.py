@@ -84,7 +84,7 @@ class Transformer(nn.Module):
             z = (mid + neurons @ W_out) * drop[1]                                # N A D
         if acts is not None:
             acts.update(att=att[:, :, 0], values=values, resid_pre=pre[:, 0], resid_mid=mid[:, 0],
-                        neurons=neurons[:, 0], resid_post=z[:, 0])
+                        neurons=neurons[:, 0])
         return (self.W_U.T @ z[:, 0].T).T                                # N C, in memory C N for the loss
 
 

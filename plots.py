@@ -374,11 +374,8 @@ def clusters(run):
     """How much of a neuron is its best wave, and how many neurons have more than half in one."""
     a, one = run.arrays(), one_modulus(run)
     fig, ((ax, bars),) = panels(1, 2, 2.7, width_ratios=(2, 3))
-    by_wave, by_k = (np.sort(a[f'neuron_{by}_share'])[::-1] for by in ('wave', 'k'))
-    ax.plot(by_wave, c=BLUE, label='best wave, of what needs both digits')
-    ax.plot(by_k, c=ORANGE, ls='--', label='best frequency k/p of a digit, of all variance')
-    ax.set(xlabel='neuron, sorted', ylabel='share', ylim=(0, 1.35), yticks=(0, 0.5, 1))
-    ax.legend(loc='upper right')
+    ax.plot(np.sort(a['neuron_wave_share'])[::-1], c=BLUE)
+    ax.set(xlabel='neuron, sorted', ylabel='share of what needs both digits', ylim=(0, 1.02))
     pure = a['neuron_wave_share'] > 0.5
     q, k = a['neuron_wave'][pure].T
     names, counts = np.unique(k if one else q, return_counts=True)
@@ -556,7 +553,7 @@ def pattern(run):
     return fig, f'{rows_of(run)[0]} takes {counts[0]:.0f} waves by residue, {counts[1]:.0f} by logarithm'
 
 
-@figure('one', 'additions and formulas of one modulus')
+@figure('one', 'addition without a modulus')
 def components(run):
     """How much of each frequency a component writes into the logits, mean over unseen pairs."""
     spectra = run.arrays()['class_spectra']
@@ -580,18 +577,17 @@ def components(run):
     return fig, f'{names[most]} writes most into the logits, {shares[most]:.0%} of it at low frequencies'
 
 
-@figure('one', 'additions and formulas of one modulus')
+@figure('one', 'addition without a modulus')
 def filters(run):
     """Right and nearly right answers on unseen pairs without some frequencies in what a component writes."""
     n, names = run.final(), ['nothing']
     names += [f'{band} from {where}' for band in ('low', 'high') for where in ('MLP', 'attention', 'both')]
     rows = np.array([n[f'filtered: {name}'] for name in names])
     random = np.array([n.get(f'filtered: {name}, random', [np.nan] * 5) for name in names])
-    of_errors = (4,) if run.data.stride else (3, 4)  # a distance of tens says nothing modulo p
-    fig, axes = panels(1, 1 + rows[:, of_errors].any(), 3.1, sharey=True)
+    fig, axes = panels(1, 1 + rows[:, 3:].any(), 3.1, sharey=True)
     left = axes[0, 0]
     y = np.arange(len(rows))
-    for ax, of, columns in zip(axes[0], ('pairs', 'errors'), ((0, 1, 2), of_errors)):
+    for ax, of, columns in zip(axes[0], ('pairs', 'errors'), ((0, 1, 2), (3, 4))):
         for i, (column, colour) in enumerate(zip(columns, (BLUE, ORANGE, GREEN))):
             at = y + 0.27 * (i - 1)
             ax.barh(at, rows[:, column], 0.25, color=colour, label=analyze.RATES[column])
