@@ -242,9 +242,9 @@ def active_counts(dft, alive):
 
 @torch.no_grad()
 def spectra_of(model, d, solver, precision):
-    """Of the activations of all neurons over all inputs of the data d, means over the neurons: sum_power (B,),
-    the variance in the sum wave of each (q, k); variance (2,) in all, and in functions of x0 alone and of x1
-    alone. precision: the autocast of the model's products; the fit of the waves has none."""
+    """Of the neurons over all inputs of the data d, as means: sum_power (B,), the variance in the sum wave of
+    each (q, k); variance (2,) in all, and in functions of x0 alone and of x1 alone. precision: the autocast
+    of the model's products; the fit of the waves has none."""
     acts = {}
     p = round(len(d.y) ** 0.5)
     with precision:

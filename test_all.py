@@ -2309,14 +2309,108 @@ def test_what_is_shipped_is_small_and_readme_and_code_are_in_order():
     rows = [line.split('|') for line in readme.splitlines() if line.startswith('|')]
     named = [(row[2].strip(' `'), row[3].strip(' `')) for row in rows if row[2].strip(' `') in code]
     assert len(named) > 4 and all(line in code[file] for file, line in named)
+    assert not re.search(r'\[\[[A-Z]', readme + report)
+
+
+def of_runs(options, column, seeds=(0, 1, 2)):
+    """A column of assets/runs.csv: the first rows of some options by seed, in bfloat16; never is -1."""
+    found = {}
     with open(analyze.RUNS) as f:
-        means = [row['test mean'].lstrip('0') for row in csv.DictReader(f)
-                 if row['options'] in ('--preset=fast', '--preset=fast --precision=bfloat16')]
-    told = re.findall(r'\.\d{4}', readme.split('\n## ')[0])
-    assert len(told) == 6 and not set(told) - set(means) and not re.search(r'\[\[[A-Z]', readme + report)
-    section = readme.split('\n## What came out')[1].split('\n## ')[0]
-    cells = numbers_of(' '.join(line for line in section.splitlines() if line.startswith('|')))
-    assert len(cells) > 10 and not set(cells) - set(numbers_of(report))
+        for row in csv.DictReader(f):
+            if row['options'].split(' --precision=bfloat16')[0] == options and 'bfloat16' in row['options']:
+                found.setdefault(int(row['seed']), row[column])
+    words = ' '.join(found[seed] for seed in seeds).split()
+    return [-1 if word == '-' else float(word) for word in words]
+
+
+def of_report(section, row, column):
+    """The numbers in a cell of a table of the report, by how the names of its row and its column begin."""
+    report = (HERE / 'assets/report.md').read_text()
+    text = re.search(rf'^#+ {re.escape(section)}.*?(?=^##|\Z)', report, re.M | re.S)[0]
+    for lines in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        names, _, *others = ([cell.strip(' `*') for cell in line.strip('|\n').split('|')]
+                             for line in lines.splitlines())
+        at = next((i for i, name in enumerate(names) if i and name.startswith(column)), None)
+        cells = [other[at] for other in others if at and other[0].startswith(row)]
+        if cells:
+            return numbers_of(cells[0].replace('/', ' '))
+    raise KeyError(f'{section}: {row}, {column}')
+
+
+def tasks_that_came(options):
+    """The q that came to .99 in the run of seed 0, by when: 2, 3, 5, 13, .."""
+    came = dict(zip(data.primes_below(113), of_runs(options, 'first .99 from epoch', [0])))
+    return sorted((q for q in came if came[q] >= 0), key=came.get)
+
+
+PAPER, TENFOLD, FAST = '--preset=paper', '--preset=tenfold', '--preset=fast'
+WHERE = {  # how rows of README's table begin, claim and recipe: where their numbers are from
+    "(a) tasks at 1.0, 50 % of the numbers | paper's": lambda: [
+        *of_runs(PAPER, 'valid at 1', [0]), *of_runs(PAPER, 'valid at .99', [0])],
+    '(a) | tenfold': lambda: of_runs(TENFOLD, 'valid at 1'),
+    '(a) | fast': lambda: of_runs(FAST, 'valid at 1'),
+    '(a) the same with 80 % |': lambda: [
+        *of_runs(f'{FAST} --train_frac=0.8', 'valid at 1'), *of_runs(f'{FAST} --train_frac=0.8', 'test at 1')],
+    '(a) the same with 30 % |': lambda: of_runs(
+        f'{PAPER} --train_frac=0.3 --init=he --dropout_mask=example', 'valid at 1', [0]),
+    '(b) the first tasks': lambda: tasks_that_came(PAPER)[:4],
+    '(b) epoch by which half': lambda: [  # the middle of 25, of which two never came
+        sorted(of_runs(PAPER, 'first .99 from epoch', [0])[4:])[at] for at in (14, 2)],
+    '(c) ': lambda: of_report('All claims', '(c) without the filter', 'here'),
+    '(d) ': lambda: tasks_that_came(f'{FAST} --dropout=0.0 --dropout_mlp=0.0'),
+    'tasks have neurons': lambda: of_report('Circuits', 'default', 'separation')[:1],
+    'where moduli share': lambda: [most(
+        x for neurons, q in itertools.product(('6, 8', '15, 19', '33, 34'), (6, 10, 15))
+        for x in of_report('Letters', f'without the {neurons}', f'n mod {q}') if x < 0.9)
+        for most in (min, max)],
+    'tasks share letters': lambda: [
+        of_report('Letters', 'dimensions', recipe)[i] for recipe, i in (
+            ("paper's", 0), ('default', 0), ('by chance', 0), ('by chance', 1))],
+    'letters by design': lambda: [
+        *of_runs(f'{FAST} --train_frac=0.3 --letters=14', 'test mean'),
+        *of_runs(f'{FAST} --train_frac=0.3', 'test mean'),
+        *of_report('Letters by design', '14 bands at random', 'test')],
+    '(j) ': lambda: of_report('(j)', 'the least', 'paper'),
+    '(q) ': lambda: of_runs(f"{FAST} '--task=a*b+b'", 'first .99 from epoch', [0]),
+    '(u) ': lambda: of_report('(u)', 'the same with', 'effective')[:2],
+    '(w) ': lambda: of_runs(f'{FAST} --task=add --train_frac=0.3', 'test mean', [0])}
+
+
+NUMBER = r'\d[\d,]*\.?\d*|\.\d+'
+
+
+def as_written(word, values):
+    """Whether a number, as a text has it, is one of some values, rounded."""
+    digits = word.replace(',', '')
+    return any(abs(float(digits) - x) < 0.501 * 10.0 ** -len(digits.partition('.')[2]) for x in values)
+
+
+@pytest.mark.parametrize('start', WHERE)
+def test_the_table_of_the_readme_has_the_numbers_of_the_runs(start):
+    """Each number of a row is from that row and column, rounded, and the verdict tells the others of these."""
+    text = (HERE / 'README.md').read_text().split('\n## What came out')[1].split('\n## ')[0]
+    row, = (line[2:-2] for line in text.splitlines() if line.startswith(f'| {start}'))
+    here, verdict = row.split(' | ')[-2:]
+    values = WHERE[start]()
+    numbers = [re.findall(NUMBER, cell) for cell in (here, verdict)]
+    assert numbers[0] and all(as_written(word, values) for word in numbers[0])
+    assert all(any(as_written(word, [value]) for word in sum(numbers, [])) for value in values)
+
+
+def test_the_first_screen_of_the_readme_has_the_numbers_of_the_runs():
+    text = ' '.join((HERE / 'README.md').read_text().split('\n## ')[0].split())
+    first = of_runs(PAPER, 'first .99 from epoch', [0])
+    with open(analyze.RUNS) as f:
+        ours = [float(row['test mean']) for row in csv.DictReader(f)
+                if row['options'] in (FAST, f'{FAST} --precision=bfloat16')]
+    told = {'until epoch (N),': of_report('2. The 29 tasks', 'the validation loss', '')[1:],
+            'by epoch (N). Half': first[2:3], 'once by epoch (N);': WHERE['(b) epoch by which half']()[:1],
+            'where (N) of the 29': of_runs(PAPER, 'valid at .99', [0]),
+            'of (N), (N) and (N) on the test': ours, 'came to (N), (N) and (N);': ours,
+            'stay right, (N) on average': of_report('Circuits', 'default', 'other tasks')[:1]}
+    for words, values in told.items():
+        found = re.search(re.escape(words).replace(r'\(N\)', f'({NUMBER})').replace('\\ ', ' '), text)
+        assert found and all(as_written(word, values) for word in found.groups()), words
 
 
 def test_it_groks(tmp_path):
