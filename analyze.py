@@ -368,8 +368,9 @@ def load_run(path, to=None):
 # ---------------------------------------------------------------- one network: weights and neurons
 
 # m is a network at one moment: net, d (data), p, rows (train, valid, test), logits (p^2, columns), acts,
-# solver and key (see `measure`). A number, or a short list of numbers, goes into the printed table under its
-# name; a tensor goes into analysis.npz. The neurons of each operation stand side by side: F in all.
+# records of the run, solver and key (see `measure`). A number, or a short list of numbers, goes into the
+# printed table under its name; a tensor goes into analysis.npz. The neurons of each operation stand side by
+# side: F in all.
 
 def embedding(m):
     """W_E of the digits (p, D): singular values, p-DFT over the digits (figures 8 to 13 of the paper)."""
@@ -921,13 +922,13 @@ def rebuilt(m, of_neurons):
     return found
 
 
-def arrivals(m, of_alphabet):
+def arrivals(m):
     """When waves come, by the recorded spectra, {} without these. arrived (B,): the first recorded epoch from
     which a wave of wave_freqs is carried for good, -1 if never. arrival_ranks (2, B), for q > 10: of the
     other waves of its q the share whose letters are nearer (mean of both) to those of the waves that came
     before it, and to those of the waves that came after it; -1 for all others."""
     p, records = m.p, m.records
-    if not of_alphabet or not len(records.get('sum_power', [])):
+    if not len(records.get('sum_power', [])):
         return {}
     freqs, epochs = wave_freqs(m.d.classes), records['spectra_epoch']
     spelled = letters(freqs, p)
@@ -1003,7 +1004,7 @@ MEASUREMENTS = {  # heading, which networks it is for (see `measure`), at which 
     filters: ('frequencies of the logits filtered', 'no modulus', 'final'),
     circuits: ('circuits', 'waves, one operation', 'final', neurons),
     alphabet: ('letters', 'waves, all primes', 'final', neurons),
-    arrivals: ('letters', 'waves, all primes', 'final', alphabet),
+    arrivals: ('letters', 'waves, all primes', 'final'),
     rebuilt: ('neurons replaced', 'waves, several moduli', 'final', neurons),
     shared: ('attention', 'waves, one operation', 'final')}
 # the arrays that are kept of every moment

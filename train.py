@@ -65,7 +65,7 @@ option('muon_lr', 0.1, 'learning rate of Muon')
 option('muon_decay', 0.2, 'decoupled weight decay of Muon')
 option('decay_from', 0.4, 'share of the run after which the rates fall linearly to zero; 1 = never')
 option('focus', 1.0, 'power of the loss of a task in its weight; 0 = the weight is 1 / ln q, by the paper')
-option('curriculum', 0, 'epochs in which the tasks enter the loss one by one, as 900; 0 = all from the start')
+option('curriculum', 0, 'epochs in which the tasks enter the loss one by one, in their order; 0 = at once')
 option('lamb', 0.0, 'gain of the gradient filter; 0 = off')
 option('alpha', 0.98, 'memory of the gradient filter')
 option('epochs', 1500, 'full-batch steps')
@@ -388,7 +388,7 @@ def train(o):
                 remaining = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
                 for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
                     optimizer.param_groups[0]['lr'].fill_(lr * min(1, remaining))
-            if o.curriculum:  # of n tasks the i-th enters at epoch (i - 1) curriculum / n
+            if epoch <= o.curriculum:  # of n tasks the i-th enters at epoch (i - 1) curriculum / n
                 before = d.in_loss.cumsum(0) - 1
                 task_weight.copy_(weight_of(d.in_loss & (before * o.curriculum <= epoch * d.in_loss.sum())))
             if snapshot_due(epoch, o.snapshots):
