@@ -388,7 +388,7 @@ def train(o):
                 remaining = (o.epochs - epoch) / (o.epochs * (1 - o.decay_from))
                 for optimizer, lr in zip(optimizers, (o.lr, o.muon_lr)):
                     optimizer.param_groups[0]['lr'].fill_(lr * min(1, remaining))
-            if epoch <= o.curriculum:  # of n tasks the i-th enters at epoch (i - 1) curriculum / n
+            if epoch <= o.curriculum:  # in place: of n tasks the i-th enters at epoch (i - 1) curriculum / n
                 before = d.in_loss.cumsum(0) - 1
                 task_weight.copy_(weight_of(d.in_loss & (before * o.curriculum <= epoch * d.in_loss.sum())))
             if snapshot_due(epoch, o.snapshots):
