@@ -2415,7 +2415,7 @@ def test_the_table_of_the_readme_has_the_numbers_of_the_runs(start):
 def test_the_first_screen_of_the_readme_has_the_numbers_of_the_runs():
     text = ' '.join((HERE / 'README.md').read_text().split('\n## ')[0].split())
     told = {'grows until epoch N,': of_report('2. The 29 tasks', 'the validation loss', '')[1:],
-            'and 5 by epoch N. Half': of_runs(PAPER, CAME, [0])[2:3],
+            'and n mod 5 by epoch N. Half': of_runs(PAPER, CAME, [0])[2:3],
             'once by epoch N;': WHERE['(b) epoch by which half']()[:1],
             'where N of the 29': of_runs(PAPER, 'valid at .99', [0]),
             'right on N of the others': of_runs(f'{AT_30} --letters=14', 'test mean', [0]),
