@@ -1892,6 +1892,7 @@ FAULTS = {  # a command: what follows it | an option, a path or a number in its 
         --train_frac 1 | train_frac; --train_frac nan | train_frac; --d_model 30 --n_heads 4 | 30
         --n_heads 0 | --n_heads; --dropout 1 | --dropout; --lr inf | --lr; --lam 1 | --lam; --p 499 | 499
         --preset auto | --preset; --preset tenfold --task nanda | tenfold; --device cuda:99 | cuda:99
+        --curriculum 99999 | --curriculum; --curriculum 2 --epochs 9 --task nanda | --curriculum
         --freeze | --letters; --copy embed | --init_from; --letters 1 | 1
         --letters 5 --task nanda | --letters; --letters 5 --init_from x | --letters
         --sweep_space lr=1,2 | --sweep_space''',

@@ -217,6 +217,7 @@ def train(o):
     rows = dict(zip(('train', 'valid', 'test'), data.split(len(d.y), o.train_frac, o.data_seed)))
     (x_train, y_train), (x_valid, y_valid) = (d.batch(rows[name].to(o.device)) for name in ('train', 'valid'))
     ln_q = torch.tensor(d.classes, device=o.device).log()
+    need(not o.curriculum or d.in_loss.sum() > 1, f'--curriculum is for several tasks, and {o.task} is one')
 
     def weight_of(tasks):
         return tasks / tasks.sum() / ln_q  # the objective is the mean of CE_q / ln q (eq. 12)
