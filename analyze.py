@@ -439,8 +439,8 @@ def neurons(m):
     out['share of best wave, median neuron'] = wave_share.quantile(0.5).item()
     out['pure neurons'] = pure.sum().item()
     out['waves of the pure neurons'] = len(wave_best[pure].unique())
-    out |= dict(neuron_ids=shown, neuron_wave=freqs[wave_best],
-                neuron_wave_share=wave_share, neuron_split=split / total.clamp(min=1e-30))
+    out |= dict(neuron_ids=shown, neuron_wave=freqs[wave_best], neuron_wave_share=wave_share,
+                neuron_split=split / total.clamp(min=1e-30))
     out |= dict(wave_shares=layer, neurons_dft=dft[..., shown].permute(2, 1, 0))
     return out | dict(neurons=a[:, shown].T.view(-1, m.p, m.p).mT)                       # 4 x0 x1
 

@@ -2338,15 +2338,15 @@ def of_report(section, row, column):
     raise KeyError(f'{section}: {row}, {column}')
 
 
-def tasks_that_came(options):
-    """The q that came to .99 in the run of seed 0, by when: 2, 3, 5, 13, .."""
-    came = dict(zip(data.primes_below(113), of_runs(options, 'first .99 from epoch', [0])))
-    return sorted((q for q in came if came[q] >= 0), key=came.get)
-
-
 PAPER, TENFOLD, FAST = '--preset=paper', '--preset=tenfold', '--preset=fast'
 AT_30 = f'{FAST} --train_frac=0.3'
 CAME = 'first .99 from epoch'
+
+
+def tasks_that_came(options):
+    """The q that came to .99 in the run of seed 0, by when: 2, 3, 5, 13, .."""
+    came = dict(zip(data.primes_below(113), of_runs(options, CAME, [0])))
+    return sorted((q for q in came if came[q] >= 0), key=came.get)
 
 
 def and_seeds(values):
@@ -2428,7 +2428,8 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_runs():
             'stay right, N on average': of_report('Circuits', 'default', 'other tasks')[:1]}
     for words, values in told.items():
         found = re.search(re.escape(words).replace('N', f'({NUMBER})').replace('\\ ', ' '), text)
-        assert found and all(map(as_written, found.groups(), values)), words
+        assert found and len(found.groups()) == len(values), words
+        assert all(map(as_written, found.groups(), values)), words
 
 
 def test_it_groks(tmp_path):
