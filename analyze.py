@@ -465,6 +465,19 @@ def answers(m):
     return found
 
 
+def turning(m):
+    """Which share of the variance of a task's logits, centred over inputs and over classes c, depends on the
+    right answer less c alone, mod q: all of it in a sum of cosines of the angle between answer and c."""
+    shares = []
+    for q, y, logits in zip(m.d.classes, m.d.y.T, m.logits.split(m.d.classes, 1)):
+        centred = logits - logits.mean(0)
+        centred = centred - centred.mean(1, keepdim=True)
+        step = (y[:, None] - torch.arange(q)) % q
+        mean = torch.zeros(q).index_add_(0, step.flatten(), centred.flatten()) / len(y)
+        shares.append((mean.square().mean() / centred.square().mean().clamp(min=1e-30)).item())
+    return {'logits: share of answer less class alone: mean, least': [np.mean(shares).item(), min(shares)]}
+
+
 # ---------------------------------------------------------------- addition modulo p
 
 def mechanism(m):
@@ -737,6 +750,8 @@ def circuits(m, of_neurons, draws=20):
     necessary = found['necessary'][learned][:, learned]
     own = necessary.diagonal()
     found['own task without its group'] = own.mean().item()
+    by_chance = found['as_strong'][:, learned][:, :, learned].diagonal(dim1=1, dim2=2)
+    found['own task without random neurons as strong'] = by_chance.mean().item()
     found['other tasks without it'] = ((necessary.sum() - own.sum()) / (len(own) * (len(own) - 1))).item()
     found['own task with its group alone'] = found['sufficient'].diagonal()[learned].mean().item()
     separation = separations(found['necessary'], whole, d.classes)
@@ -994,6 +1009,7 @@ def written(bands, p, width):
 ALWAYS = 'final initial snapshots'
 MEASUREMENTS = {  # heading, which networks it is for (see `measure`), at which moments, after which others
     answers: ('answers', 'any', ALWAYS),
+    turning: ('answers', 'waves', 'final initial'),
     embedding: ('embedding', 'any', ALWAYS),
     positions: ('embedding', 'any', ALWAYS),
     attention: ('attention', 'any', ALWAYS),
@@ -1108,8 +1124,10 @@ SENTENCES = [
     '{pure neurons} of {neurons that vary} neurons hold one wave: a cosine of {turns}, with its twin that '
     'has -x1 for x1, makes more than half of what needs both digits. Before training {start pure neurons} '
     'of {start neurons that vary} do.',
-    'Without the neurons that hold its own waves a task is right on {own task without its group}, and the '
-    'other tasks on {other tasks without it}: means over the {tasks learned} tasks that it has learned.',
+    'Without the neurons that hold its own waves a task is right on {own task without its group}, without '
+    'random ones that write as much on {own task without random neurons as strong}. Without its neurons '
+    'the other tasks are right on {other tasks without it}: means over the {tasks learned} tasks that it '
+    'has learned.',
     'The separation of these neurons is {separation}: it is 1 where no other task suffers, and 0 where one '
     'suffers as much. Random neurons that write as much have at most {separation, as strong random '
     'neurons: least, most[1]}.',

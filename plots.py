@@ -728,7 +728,10 @@ def draw_file(file, draw, *args):
         return e.args[0]
     for kind in ('svg', 'png'):
         with our_style():
-            write(file.with_name(f'{file.name}.{kind}'), functools.partial(fig.savefig, format=kind))
+            try:
+                write(file.with_name(f'{file.name}.{kind}'), functools.partial(fig.savefig, format=kind))
+            except data.Refusal as e:
+                refuse(f'{e}; --to FOLDER writes elsewhere')
     say(f'{file}.png')
     return ''
 
