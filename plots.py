@@ -270,7 +270,7 @@ def curves(run):
         axes[0, 0].annotate(' groks' if right else '', (right + 1, 0.25))
     message = f'It ends right on {spoken(train[-1])} of training numbers, {spoken(valid[-1])} of unseen ones'
     if by_heart and right:
-        message = f'3 of 4 training numbers are right by epoch {by_heart:,}, 3 of 4 unseen ones by {right:,}'
+        message = f'3 of 4 training answers are right by epoch {by_heart:,}, 3 of 4 unseen ones by {right:,}'
     return fig, message
 
 
@@ -321,7 +321,7 @@ def draw_neuron(axes, arrays, column):
 
 @figure('one', 'tasks with a modulus')
 def waves(run):
-    """Shares of what takes both digits. Filled, or blue, waves are held: clearly more than noise has."""
+    """Shares of what takes both digits. Marked waves are held: they have clearly more than noise has."""
     share = run.arrays()['wave_shares'][0]
     q, k = run.arrays()['freqs'].T
     carried = analyze.carried(torch.tensor(share), run.p).numpy()
@@ -413,7 +413,7 @@ def circuits(run):
     message = f'Without the neurons of q = {names[group]} the task {run.data.names[task]} falls to {low:.2f}'
     ax.set_xticks(range(len(tasks)), tasks, fontsize=6, rotation=90)
     ax.set(xlabel='task n mod q', ylabel='without the neurons of q')
-    fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
+    fig.colorbar(mesh, ax=ax, label='accuracy', location='top', aspect=60, pad=0.01)
     for bars, width, colour in ((count, sizes, BLUE), (alone, a['sufficient'].diagonal(), ORANGE)):
         bars.barh(y[:len(width)], width, color=colour)
         bars.tick_params(labelleft=True, labelsize=6)
@@ -451,10 +451,12 @@ def alphabet(run):
     fig, axes = panels(2, 2, 4.6, sharex=True, sharey='row', height_ratios=(1, 4))
     for (top, ax), some, title in zip(axes.T, (has, by_chance), ('this network', 'waves at random')):
         x0, x1 = a['letters'][some].T
-        ax.scatter(x0, x1, s=90 * power / power.max(), c=freqs[some, 0], vmax=1.3 * run.p, linewidths=0)
+        strong = 90 * power / power.max()
+        dots = ax.scatter(x0, x1, s=strong, c=freqs[some, 0], vmin=0, vmax=1.3 * run.p, linewidths=0)
         ax.set(xlabel='letter of x0: turns over the p digits', ylabel='letter of x1')
         top.hist(a['letters'][some].flatten(), np.arange(run.p // 2 + 2) - 0.25, color=GREY)
-        top.set(title=title, ylabel='letters')
+        top.set(title=title, ylabel='of both')
+    fig.colorbar(dots, ax=axes[1], label='q', aspect=40, pad=0.01).ax.set_ylim(2, run.p)
     n, name = run.final(), 'dimensions of their letters'
     if name not in n:
         return fig, 'It holds no waves of q > 7 whose letters could be compared'

@@ -2437,12 +2437,14 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_runs():
     text = ' '.join((HERE / 'README.md').read_text().split('\n## ')[0].split())
     told = {'grows until epoch N,': of_report('2. The 29 tasks', 'the validation loss', '')[1:],
             'and n mod 5 by epoch N. Half': of_runs(PAPER, CAME, [0])[2:3],
-            'once by epoch N;': WHERE['(b) epoch by which half']()[:1],
-            'where N of the 29': of_runs(PAPER, 'valid at .99', [0]),
+            'touched .99 by epoch N;': WHERE['(b) epoch by which half']()[:1],
+            'at the end N of the 29': of_runs(PAPER, 'valid at .99', [0]),
             'right on N to N of the others': sorted(of_runs(f'{AT_30} --letters=14', 'test mean'))[::2],
             'at random on N to N,': sorted(of_report('Thirty per cent', '14 bands at random', 'test'))[::2],
             'usual start on N (3': of_runs(AT_30, 'test mean', [0]),
-            'both came to N (': of_runs(f'{AT_30} --decay_from=0.6 --epochs=6000', 'test mean', [0]),
+            'reaches N in N epochs, the last': [
+                *of_runs(f'{AT_30} --letters=14 --epochs=3000', 'test mean', [0]), 3000],
+            'the last in N (': [6000],
             'accuracy of N, N and N on': of_runs(FAST, 'test mean', precision=''),
             'came to N, N and N, with N, N and N of the tasks': [
                 *of_runs(FAST, 'test mean'), *of_runs(FAST, 'test at .99')],
