@@ -90,20 +90,21 @@ def effective(power):
 
 def heights(x):
     """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, else
-    0. The first is left out: any trend has it."""
+    0."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
     beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
     ratio = x / np.maximum(np.median(around, 1), 1e-30)
-    return np.where((x > beside) & (np.arange(len(x)) > 0), ratio, 0)
+    return np.where(x > beside, ratio, 0)
 
 
 def outliers(W, draws=100):
     """The frequencies that stand out of the spectrum over the rows of W (n, D), straight lines taken out.
     -> frequencies (P,), spectrum (n//2,), spectra of noise (draws, n//2)
 
-    The highest of `heights` stands out if noise with the covariance of the columns has nothing as high; the
-    power of noise is a gamma variable. Its wave, at the frequency between whole ones that explains most, is
-    taken out with those found before, and the search goes on: so weak waves are found beside strong ones.
+    The highest of `heights`, but for the first frequency, which any trend has, stands out if noise with the
+    covariance of the columns has nothing as high; the power of noise is a gamma variable. Its wave, at the
+    frequency between whole ones that explains most, is taken out with those found before, which are fitted
+    anew beside it, and the search goes on: so weak waves are found beside strong ones.
     """
     n = len(W)
     row = torch.arange(n, dtype=torch.float64)[:, None]
@@ -120,20 +121,21 @@ def outliers(W, draws=100):
     mean = 2 * covariance.trace().item()
     scale = 4 * covariance.square().sum().item() / max(mean, 1e-30)
     power = np.random.default_rng(0).gamma(mean / max(scale, 1e-30), scale, (draws, n // 2))
-    by_chance = max(heights(noise).max() for noise in np.sqrt(power))
+    by_chance = max(heights(noise)[1:].max() for noise in np.sqrt(power))
     found = []
     while left.norm() > 1e-4 * W.norm():  # the rest is rounding
         k = np.arange(1, n // 2 + 1)
         for f in found:
             k = k[abs(k - f) > 1.5]  # its own hole
-        height = heights(frequency_norms(left).numpy()[k - 1])
+        height = heights(frequency_norms(left).numpy()[k - 1]) * (k > 1) if len(k) else np.zeros(1)
         if height.max() <= by_chance:
             break
-        f = k[height.argmax()]
-        for step in 0.1 / 5.0 ** np.arange(4):
-            tried = f + step * np.arange(-7, 8)
-            f = min(tried, key=lambda g: without_waves([*found, g]).norm())
-        found.append(f)
+        found.append(k[height.argmax()])
+        for i in reversed(range(len(found))):  # the new one, then all others, which were found beside it
+            others = found[:i] + found[i + 1:]
+            for step in 0.1 / 5.0 ** np.arange(4):
+                tried = found[i] + step * np.arange(-7, 8)
+                found[i] = min(tried, key=lambda g: without_waves([*others, g]).norm())
         left = without_waves(found)
     return np.sort(found), plain, np.sqrt(power)
 
@@ -324,7 +326,7 @@ def load_run(path, to=None):
     ckpt = load(path / 'ckpt.pt')
     o = ckpt['config']
     epoch = ckpt['step']
-    records = arrays_in(path / 'metrics.npz')
+    records = arrays_in(path / 'metrics.npz') if epoch else {}  # killed at its first save, it has some
     shipped = arrays_in(path / 'snapshots.npz')
     kept = [load(file, ('model', 'step')) for file in sorted(path.glob('snapshots/*.pt'))]
     try:
@@ -386,9 +388,13 @@ def embedding(m):
     out['W_E frequencies above mean + 2 sd'] = (norms > threshold(norms)).sum().item()
     out['W_E effective frequencies'] = effective(norms.square())
     out['W_E Gini'] = gini(norms)
-    out['W_E periods that stand out'] = (m.p / outliers(W)[0]).tolist()
     out['W_E_fourier'] = torch.cat([constant, waves])[:m.p]
     return out | dict(singular_values=S, left_vectors=U, W_E_norms=norms)
+
+
+def periods_of_embedding(m):
+    """Periods, in digits, of the waves in W_E that noise has not."""
+    return {'W_E periods that stand out': (m.p / outliers(m.net.W_E[:m.p])[0]).tolist()}
 
 
 def positions(m):
@@ -1011,6 +1017,7 @@ MEASUREMENTS = {  # heading, which networks it is for (see `measure`), at which 
     answers: ('answers', 'any', ALWAYS),
     turning: ('answers', 'waves', 'final initial'),
     embedding: ('embedding', 'any', ALWAYS),
+    periods_of_embedding: ('embedding', 'any', 'final initial'),
     positions: ('embedding', 'any', ALWAYS),
     attention: ('attention', 'any', ALWAYS),
     neurons: ('neurons', 'waves', ALWAYS),
@@ -1065,8 +1072,7 @@ def over_snapshots(run, solver, key):
         numbers, arrays, _ = measure(run, weights, 'snapshots', solver, key)
         some = {name: arrays[name].numpy() for name in SMALL if name in arrays}
         for name, value in (numbers | some | dict(epoch=epoch)).items():
-            if 'periods' not in name:  # lists of any length
-                out.setdefault(f'snapshot_{name}', []).append(value)
+            out.setdefault(f'snapshot_{name}', []).append(value)
         if sys.stdout.isatty():
             left = (time.perf_counter() - began) / (i + 1) * (len(moments) - i - 1)
             say(f'\r\033[Ksnapshot {i + 1}/{len(moments)}  ETA {left:.0f} s', end='' if left else '\r\033[K')

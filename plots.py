@@ -438,7 +438,8 @@ def shared(run):
     ax.set(ylabel='heads taken out', xlabel='task' if one_modulus(run) else 'task n mod q')
     fig.colorbar(mesh, ax=ax, label='accuracy', pad=0.02)
     means = accuracy.mean(1)
-    return fig, f'Accuracy is at worst {means[:H].min():.2f} without one head, {means.min():.2f} without two'
+    two = f', {means[H:].min():.2f} without two' if H > 1 else ''
+    return fig, f'Accuracy is at worst {means[:H].min():.2f} without one head{two}'
 
 
 @figure('one', 'miiii, basis and masked, once neurons hold waves')
@@ -751,6 +752,8 @@ def main(argv):
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
     runs = [analyze.load_run(path, args.to) for path in args.runs]
+    different = len({run.to for run in runs}) == len({run.path for run in runs})
+    need(different, f'runs of one name would overwrite each other in {args.to}')
     jobs = []  # folder, name, figure, what it takes
     chosen = {args.only: FIGURES[args.only]} if args.only else FIGURES
     for name, (draw, takes) in chosen.items():

@@ -930,8 +930,13 @@ def test_periods_that_stand_out(rows):
         both = fourier_features(rows, [rows / strong], 64) + 1e-4 * noise
         both += 0.1 * fourier_features(rows, [rows / (strong + apart)], 64, seed=1)
         cases.append((both, sorted([strong, strong + apart])))
+    for several in ((5, 10, 20, 40), (30, 32, 34, 36)):  # each is fitted anew when another is found beside it
+        some = [k for k in several if k < rows / 2 - 1]
+        cases.append((fourier_features(rows, [rows / k for k in some], 64) + 1e-3 * noise, some))
     for planted, expected in cases:
         assert analyze.outliers(planted)[0] == pytest.approx(expected, abs=0.1)
+    for few in range(5, 14):  # nothing is left to look at when a wave is found
+        assert len(analyze.outliers(fourier_features(few, [few / 2.2], 16) + 1e-3 * noise[:few, :16])[0]) < 3
     _, spectrum, chance = analyze.outliers(noise)
     assert chance.shape[1] == rows // 2 and chance.mean() == pytest.approx(spectrum.mean(), rel=0.05)
 
@@ -1579,6 +1584,8 @@ def test_snapshots_and_records_after_the_checkpoint_are_left_out(copied):
     run = analyze.load_run(folder)
     assert len(run.records['valid_acc']) == 11 and run.records['spectra_epoch'].tolist() == [0, 8]
     assert run.arrays()['snapshot_epoch'].tolist() == [0, 1, 2, 3, 4, 6, 8, 11]
+    torch.save(checkpoint(folder) | dict(step=0), folder / 'ckpt.pt')  # killed at its first save
+    assert analyze.load_run(folder).records == {}
 
 
 # ---------------------------------------------------------------- figures
@@ -1714,7 +1721,18 @@ def test_a_write_that_fails_for_a_moment(tmp_path, monkeypatch, capsys, name, n,
     for file in sorted(plain.glob('snapshots/*')):
         assert all(map(torch.equal, *(data.load(run / 'snapshots' / file.name, ('model',))['model'].values()
                                       for run in (plain, folder))))
-    assert 'note: cannot write' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'note: cannot write' in printed and 'note: ;' not in printed
+
+
+def test_late_records_are_written_before_the_checkpoint_that_waits_for_them(tmp_path, monkeypatch):
+    late = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', lambda *_: open('/dev/full/no'))
+        for name in ('metrics.npz', 'ckpt.pt', 'metrics.npz'):  # of two saves
+            data.write(tmp_path / name, lambda f: f.write(b'1'), late)
+    data.flush(late)
+    assert not late and {*os.listdir(tmp_path)} == {'metrics.npz', 'ckpt.pt'}
 
 
 @pytest.mark.parametrize('n', [1, 7])
@@ -1850,6 +1868,7 @@ def test_small_things_are_told(tmp_path, monkeypatch, capsys):
     assert len(repr(run)) < 200 and str(folder) in repr(run)
     monkeypatch.chdir(folder)
     assert analyze.load_run('.', 'to').to == Path('to', 'x')
+    assert [data.show(x) for x in (1.0, 0.99996, 0.98765, -2.0)] == ['1', '0.9999', '0.9877', '-2']
 
 
 # ---------------------------------------------------------------- bad input
@@ -2220,6 +2239,9 @@ def test_sweep_ranks_its_settings(tmp_path, fault):
     assert '--out' in fault(train, *args, '--sweep', 4)  # the epochs are left out
     train.main([*args, '--sweep', '4', '--epochs', '30'])  # lengthened
     assert all(len(records(Path(row['folder']))['epoch']) == 30 for row in swept(tmp_path / 'a'))
+    longer = train.parse([*TINY, '--epochs', '99', '--out', rows[0]['folder']])  # but did not get there
+    train.rank(tmp_path, [dict(lr='1e-3')], [longer])
+    assert swept(tmp_path)[0]['valid_loss'] == 'inf'
 
 
 def test_a_stopped_sweep_goes_on_and_a_setting_that_diverges_ranks_last(tmp_path, at_epoch):

@@ -656,8 +656,8 @@ def rank(root, settings, runs):
     for setting, o in zip(settings, runs):
         row = setting | dict(valid_loss=np.inf, valid_acc='', grokked='', folder=o.out)
         file = Path(o.out, 'summary.json')
-        if file.exists():
-            summary = json.loads(file.read_text())
+        summary = json.loads(file.read_text()) if file.exists() else dict(epochs=0)
+        if summary['epochs'] >= o.epochs:  # not one of before it was lengthened
             accs = np.array([task['valid_acc'] for task in summary['tasks']])
             row |= dict(valid_loss=summary['objective']['valid'], valid_acc=accs.mean())
             row['grokked'] = (accs >= 0.99).sum()
