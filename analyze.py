@@ -122,20 +122,24 @@ def outliers(W, draws=100):
     scale = 4 * covariance.square().sum().item() / max(mean, 1e-30)
     power = np.random.default_rng(0).gamma(mean / max(scale, 1e-30), scale, (draws, n // 2))
     by_chance = max(heights(noise)[1:].max() for noise in np.sqrt(power))
-    found = []
+    found, near = [], []  # frequencies, and the whole ones near which they were found
     while left.norm() > 1e-4 * W.norm():  # the rest is rounding
         k = np.arange(1, n // 2 + 1)
         for f in found:
             k = k[abs(k - f) > 1.5]  # its own hole
-        height = heights(frequency_norms(left).numpy()[k - 1]) * (k > 1) if len(k) else np.zeros(1)
+        if not len(k):
+            break
+        height = heights(frequency_norms(left).numpy()[k - 1]) * (k > 1)
         if height.max() <= by_chance:
             break
         found.append(k[height.argmax()])
-        for i in reversed(range(len(found))):  # the new one, then all others, which were found beside it
+        near.append(found[-1])
+        turns = [(len(found) - 1, step) for step in 0.1 / 5.0 ** np.arange(4)]
+        turns += [(i, 0.02) for i in range(len(found) - 1)]  # the others, which were fitted without it
+        for i, step in turns:
             others = found[:i] + found[i + 1:]
-            for step in 0.1 / 5.0 ** np.arange(4):
-                tried = found[i] + step * np.arange(-7, 8)
-                found[i] = min(tried, key=lambda g: without_waves([*others, g]).norm())
+            tried = np.clip(found[i] + step * np.arange(-7, 8), near[i] - 0.7, near[i] + 0.7)
+            found[i] = min(tried, key=lambda g: without_waves([*others, g]).norm())
         left = without_waves(found)
     return np.sort(found), plain, np.sqrt(power)
 
@@ -326,7 +330,7 @@ def load_run(path, to=None):
     ckpt = load(path / 'ckpt.pt')
     o = ckpt['config']
     epoch = ckpt['step']
-    records = arrays_in(path / 'metrics.npz') if epoch else {}  # killed at its first save, it has some
+    records = arrays_in(path / 'metrics.npz') if epoch else {}  # a run killed in its first save has some
     shipped = arrays_in(path / 'snapshots.npz')
     kept = [load(file, ('model', 'step')) for file in sorted(path.glob('snapshots/*.pt'))]
     try:

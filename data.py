@@ -173,7 +173,7 @@ def write(path, fill, late=None):
 
 def flush(files):
     """Write {path: buffer}, each beside, synced, renamed. What is written leaves the dict; then Refusal, if
-    anything is left. A checkpoint waits for its records."""
+    anything is left. A checkpoint comes last, and waits for its records."""
     problem = ''
     for path, buffer in sorted(files.items(), key=lambda item: item[0].name == 'ckpt.pt'):
         if path.name == 'ckpt.pt' and path.with_name('metrics.npz') in files:
@@ -275,7 +275,8 @@ def show(value):
     if isinstance(value, list):
         return ' '.join(f'({show(x)})' if isinstance(x, list) else show(x) for x in value) or '-'
     if isinstance(value, float):
-        value = min(value, 0.9999) if value < 1 else value  # 1 is exactly 1
+        if 0.9999 < value < 1:  # it is not rounded up to 1
+            value = 0.9999
         return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
     return '-' if value is None else f'{value:,}' if isinstance(value, int) else value
 

@@ -456,8 +456,9 @@ def alphabet(run):
         dots = ax.scatter(x0, x1, s=strong, c=freqs[some, 0], vmin=0, vmax=1.3 * run.p, linewidths=0)
         ax.set(xlabel='letter of x0: turns over the p digits', ylabel='letter of x1')
         top.hist(a['letters'][some].flatten(), np.arange(run.p // 2 + 2) - 0.25, color=GREY)
-        top.set(title=title, ylabel='of both')
-    fig.colorbar(dots, ax=axes[1], label='q', aspect=40, pad=0.01).ax.set_ylim(2, run.p)
+        top.set(title=title, ylabel='letters')
+    bar = fig.colorbar(dots, ax=axes[1], label='q', aspect=40, pad=0.01)
+    bar.ax.set_ylim(2, run.p)
     n, name = run.final(), 'dimensions of their letters'
     if name not in n:
         return fig, 'It holds no waves of q > 7 whose letters could be compared'
@@ -752,8 +753,6 @@ def main(argv):
     args = parser.parse_args(argv)
     need(args.runs or args.data or args.embedding, 'name a run folder, or --data, or --embedding FILE')
     runs = [analyze.load_run(path, args.to) for path in args.runs]
-    different = len({run.to for run in runs}) == len({run.path for run in runs})
-    need(different, f'runs of one name would overwrite each other in {args.to}')
     jobs = []  # folder, name, figure, what it takes
     chosen = {args.only: FIGURES[args.only]} if args.only else FIGURES
     for name, (draw, takes) in chosen.items():

@@ -651,13 +651,13 @@ def sweep(o, argv):
 
 
 def rank(root, settings, runs):
-    """Rank runs by validation loss in root/sweep.csv, those without a summary last. -> the best, as text."""
+    """Rank runs by validation loss in root/sweep.csv, unfinished ones last. -> the best, as text."""
     rows = []
     for setting, o in zip(settings, runs):
         row = setting | dict(valid_loss=np.inf, valid_acc='', grokked='', folder=o.out)
         file = Path(o.out, 'summary.json')
         summary = json.loads(file.read_text()) if file.exists() else dict(epochs=0)
-        if summary['epochs'] >= o.epochs:  # not one of before it was lengthened
+        if summary['epochs'] >= o.epochs:  # else it was made before the run was lengthened
             accs = np.array([task['valid_acc'] for task in summary['tasks']])
             row |= dict(valid_loss=summary['objective']['valid'], valid_acc=accs.mean())
             row['grokked'] = (accs >= 0.99).sum()
