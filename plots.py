@@ -444,7 +444,7 @@ def shared(run):
 
 @figure('one', 'miiii, basis and masked, once neurons hold waves')
 def alphabet(run):
-    """A wave needs a letter, a frequency, in each digit. Its dot is large if strong, dark if q is small."""
+    """A wave needs a letter, a frequency, in each digit; above, both are counted. A large dot is strong."""
     a = run.arrays()
     freqs, has = torch.from_numpy(a['freqs']), torch.from_numpy(a['carried'])
     by_chance = analyze.at_random(freqs, has, torch.Generator().manual_seed(0))
