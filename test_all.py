@@ -39,7 +39,8 @@ import train
 from model import Muon, Transformer, task_losses
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests are started by nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests are started by nohup ...
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ... or with & in a script
 HERE = Path(data.__file__).parent
 TINY = '--p 11 --d_model 32 --n_heads 2 --precision float32 --device cpu'.split()
 
