@@ -135,7 +135,7 @@ def outliers(W, draws=100):
         found.append(k[height.argmax()])
         near.append(found[-1])
         turns = [(len(found) - 1, step) for step in 0.1 / 5.0 ** np.arange(4)]
-        turns += [(i, 0.02) for i in range(len(found) - 1)]  # the others, which were fitted without it
+        turns += [(i, step) for step in (0.02, 0.004) for i in range(len(found) - 1)]  # fitted without it
         for i, step in turns:
             others = found[:i] + found[i + 1:]
             tried = np.clip(found[i] + step * np.arange(-7, 8), near[i] - 0.7, near[i] + 0.7)
