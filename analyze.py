@@ -89,8 +89,8 @@ def effective(power):
 
 
 def heights(x):
-    """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, else
-    0."""
+    """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, and 0
+    elsewhere."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
     beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
     ratio = x / np.maximum(np.median(around, 1), 1e-30)
@@ -134,9 +134,10 @@ def outliers(W, draws=100):
             break
         found.append(k[height.argmax()])
         near.append(found[-1])
-        turns = [(len(found) - 1, step) for step in 0.1 / 5.0 ** np.arange(4)]
-        turns += [(i, step) for step in (0.02, 0.004) for i in range(len(found) - 1)]  # fitted without it
-        for i, step in turns:
+        # the new one, then the others, which were fitted without it
+        fits = [(len(found) - 1, step) for step in 0.1 / 5.0 ** np.arange(4)]
+        fits += [(i, step) for step in (0.02, 0.004) for i in range(len(found) - 1)]
+        for i, step in fits:
             others = found[:i] + found[i + 1:]
             tried = np.clip(found[i] + step * np.arange(-7, 8), near[i] - 0.7, near[i] + 0.7)
             found[i] = min(tried, key=lambda g: without_waves([*others, g]).norm())
@@ -475,16 +476,22 @@ def answers(m):
     return found
 
 
+def by_difference(logits, y):
+    """Logits (n, q) centred over inputs and classes c, and their mean as a function of y - c mod q, where y
+    (n,) are the right answers: (n, q), (q,)."""
+    q = logits.shape[1]
+    centred = logits - logits.mean(0)
+    centred = centred - centred.mean(1, keepdim=True)
+    return centred, centred.gather(1, (y[:, None] - torch.arange(q)) % q).mean(0)
+
+
 def turning(m):
-    """Which share of the variance of a task's logits, centred over inputs and over classes c, depends on the
-    right answer less c alone, mod q: all of it in a sum of cosines of the angle between answer and c."""
+    """Which share of the variance of a task's centred logits depends on the right answer less the class
+    alone: all of it in a sum of cosines of the angle between both."""
     shares = []
-    for q, y, logits in zip(m.d.classes, m.d.y.T, m.logits.split(m.d.classes, 1)):
-        centred = logits - logits.mean(0)
-        centred = centred - centred.mean(1, keepdim=True)
-        step = (y[:, None] - torch.arange(q)) % q
-        mean = torch.zeros(q).index_add_(0, step.flatten(), centred.flatten()) / len(y)
-        shares.append((mean.square().mean() / centred.square().mean().clamp(min=1e-30)).item())
+    for y, logits in zip(m.d.y.T, m.logits.split(m.d.classes, 1)):
+        centred, profile = by_difference(logits, y)
+        shares.append((profile.square().mean() / centred.square().mean().clamp(min=1e-30)).item())
     return {'logits: share of answer less class alone: mean, least': [np.mean(shares).item(), min(shares)]}
 
 
@@ -501,11 +508,8 @@ def mechanism(m):
     """
     p, logits = m.p, m.logits
     s = (m.d.x[:, 0] + m.d.x[:, 1]) % p
-    c = torch.arange(p)
     k = torch.arange(1, p // 2 + 1)
-    centred = logits - logits.mean(0)
-    centred = centred - centred.mean(1, keepdim=True)
-    profile = centred.gather(1, (s[:, None] - c) % p).mean(0)
+    centred, profile = by_difference(logits, s)
     amplitude = torch.fft.rfft(profile).real[1:] * 2 / p
     fit = amplitude.square() / 2 / centred.square().mean().clamp(min=1e-30)
     bar = max(0.01, 3 * fit.quantile(0.25).item())  # a mere table has as much in all

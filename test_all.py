@@ -1962,7 +1962,8 @@ FAULTS = {  # a command: what follows it | an option, a path or a number in its 
         blocked --to {shelf}/blocked/figures | figures''',
     'plots ': '''--only accuracy | --embedding; --data --only nothing | --only
         --data --only waves | waves; {shelf}/source --only polar | --data; {shelf}/none | none/ckpt.pt
-        {shelf}/long | long; {shelf}/blocked --only accuracy | --to
+        {shelf}/long | long; {shelf}/blocked --only accuracy | blocked/figures
+        {shelf}/blocked --only loss | --to
         --embedding {shelf}/object.npy | object.npy'''}
 CASES = [(first, *case.split('|')) for first, some in FAULTS.items()
          for case in some.replace('\n', ';').split(';')]
