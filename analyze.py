@@ -89,8 +89,8 @@ def effective(power):
 
 
 def heights(x):
-    """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, and 0
-    elsewhere."""
+    """The ratio of each local maximum of a spectrum x (n,) to the median of the eleven values around it, and
+    0 elsewhere."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode='symmetric'), 11)
     beside = np.maximum(np.pad(x, 1)[:-2], np.pad(x, 1)[2:])
     ratio = x / np.maximum(np.median(around, 1), 1e-30)
